@@ -1,0 +1,7 @@
+"""CLIP B/16, the paper's baseline: FLIP's recipe without masking."""
+
+from configs import common
+
+
+def get_config(arg=None):
+    return common.with_arg(common.get_config("b", mask_ratio=0.0), arg)

@@ -1,0 +1,7 @@
+"""FLIP L/14: as L/16 with patches of 14 pixels."""
+
+from configs import common
+
+
+def get_config(arg=None):
+    return common.with_arg(common.get_config("l", patch_size=14), arg)

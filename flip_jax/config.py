@@ -1,0 +1,264 @@
+"""Settings of a run: frozen, typed, checked once at start.
+
+The dataclasses below are the only list of settings: `configs/common.py` turns their defaults into a ConfigDict, recipes
+change a few values, the command line changes others (`--config.global_batch_size=4096`), and `from_config_dict` turns the
+result back into a `Config`, refusing unknown keys, wrong types and contradictions.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTower:
+    """Vision transformer. Sizes in pixels; `mask_ratio` is the share of patches removed in training (0: CLIP)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mask: str = "random"
+    mask_ratio: float = 0.5
+    pool: str = "mean"  # over all tokens, cls included (official), or "cls"
+    patch_bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+    """Bidirectional text transformer over `context_length` word pieces."""
+
+    vocab_size: int = 30_523  # BERT's 30,522 and one out-of-vocabulary row that never occurs (official)
+    context_length: int = 32
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    pool: str = "first"  # the first word piece (official), or "mean" over the real tokens
+    mask_padding: bool = False  # the official tower attends to padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Two towers, their projections to `embed_dim`, compute type and what the backward pass recomputes."""
+
+    image: ImageTower = ImageTower()
+    text: TextTower = TextTower()
+    embed_dim: int = 512
+    temperature: float = 1 / 0.07  # initial exp(logit_scale), clipped at 100 in the loss
+    dtype: str = "bfloat16"
+    remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW. The peak learning rate is `base_learning_rate * global_batch_size / 256`."""
+
+    base_learning_rate: float = 4e-6
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.2
+    mu_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the pairs come from and how a record becomes a sample.
+
+    `train` is "webdataset:PATTERN" (brace ranges and globs) or "tfds:NAME/SPLIT"; `tfds_dir` is where TFDS keeps its
+    data (default: TFDS's own). `vocab` is a WordPiece vocabulary file; empty: one is trained on the captions.
+    """
+
+    train: str = ""
+    tfds_dir: str = ""
+    vocab: str = ""
+    shuffle_window: int = 10_000  # encoded records held in memory
+    interleave: int = 8  # shards read at once
+    threads: int = 0  # decoding threads; 0: one per core
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    max_image_pixels: int = 100_000_000
+    max_bad_fraction: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Sizes of the mesh axes `fsdp` and `tensor`; `data` takes the devices that are left."""
+
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Zero-shot evaluation every `every_steps` and at the end (0: never). `zeroshot` is a source as in `Data.train` with
+    labels; `classnames` names a file of class names (one a line, or a JSON list) where the source has none of its own."""
+
+    every_steps: int = 0
+    zeroshot: str = ""
+    classnames: str = ""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    batch_size: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Save every `every_steps` (0: only at the end and on SIGTERM) and keep the newest `keep`."""
+
+    every_steps: int = 1000
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Write metrics every `every_steps`; nothing is fetched from the devices in between."""
+
+    every_steps: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. Durations are in samples, so that a changed batch keeps their meaning."""
+
+    seed: int = 0
+    global_batch_size: int = 65_536
+    total_samples: int = 12_800_000_000
+    warmup_samples: int = 51_200_000
+    init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
+    model: Model = Model()
+    optim: Optim = Optim()
+    data: Data = Data()
+    mesh: Mesh = Mesh()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run; the last, partial batch is not trained."""
+        return self.total_samples // self.global_batch_size
+
+
+# Settings that may differ between the run that wrote a checkpoint and the one that resumes it.
+RESUMABLE_CHANGES = ("mesh.", "eval.", "checkpoint.", "log.", "data.threads", "data.max_bad_fraction", "init_from")
+
+
+def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """Turns a ConfigDict (or a nested mapping) into a checked `Config`.
+
+    Raises:
+      ValueError: an unknown key, a value of the wrong type, or settings that contradict each other.
+    """
+    config = _build(Config, values.to_dict() if isinstance(values, ConfigDict) else values, "")
+    _check(config)
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.image.width": 768, ...} for every leaf setting, tuples as lists, as JSON would give them back."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, key + "."))
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config.{prefix[:-1]} is a group of settings, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean config.{prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
+            raise ValueError(f"config.{prefix}{key} is unknown; {hint}")
+    built = {}
+    for key, value in values.items():
+        hint = hints[key]
+        built[key] = (
+            _build(hint, value, f"{prefix}{key}.") if dataclasses.is_dataclass(hint) else _cast(hint, value, prefix + key)
+        )
+    return cls(**built)
+
+
+def _cast(hint: Any, value: Any, key: str) -> Any:
+    """The value if it is of the type `hint`; integers pass as floats, lists as tuples."""
+    if isinstance(hint, types.GenericAlias):  # tuple[float, float] or tuple[str, ...]
+        items = typing.get_args(hint)
+        if isinstance(value, (list, tuple)):
+            if items[-1] is Ellipsis:
+                items = (items[0],) * len(value)
+            if len(items) == len(value):
+                return tuple(_cast(item, v, key) for item, v in zip(items, value, strict=True))
+        raise ValueError(f"config.{key} must be {hint}, got {value!r}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"config.{key} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+_CHOICES = {
+    "model.image.mask": ("random",),
+    "model.image.pool": ("mean", "cls"),
+    "model.text.pool": ("first", "mean"),
+    "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("none", "dots", "full"),
+    "optim.mu_dtype": ("bfloat16", "float32"),
+}
+_AT_LEAST_ZERO = ("warmup_samples", "eval.every_steps", "checkpoint.every_steps", "data.threads", "optim.weight_decay")
+
+
+def _check(config: Config) -> None:
+    flat, image, data = flatten(config), config.model.image, config.data
+    for key, allowed in _CHOICES.items():
+        if flat[key] not in allowed:
+            raise ValueError(f"config.{key} must be one of {', '.join(allowed)}; got {flat[key]!r}")
+    for key, value in flat.items():
+        if type(value) is int and key != "seed":
+            least = 0 if key in _AT_LEAST_ZERO else 1
+            if value < least:
+                raise ValueError(f"config.{key} must be at least {least}, got {value}")
+    if not 0 <= image.mask_ratio < 1:
+        raise ValueError(f"config.model.image.mask_ratio must be in [0, 1), got {image.mask_ratio}")
+    if image.image_size % image.patch_size:
+        raise ValueError(
+            f"config.model.image.image_size {image.image_size} does not divide by patch_size {image.patch_size}; "
+            f"the nearest size that does is {round(image.image_size / image.patch_size) * image.patch_size}"
+        )
+    if int((image.image_size // image.patch_size) ** 2 * (1 - image.mask_ratio)) < 1:
+        raise ValueError(f"config.model.image.mask_ratio {image.mask_ratio} leaves no patch; lower it")
+    if image.width % 4:
+        raise ValueError(f"config.model.image.width must divide by 4 for sin-cos positions, got {image.width}")
+    for name in ("image", "text"):
+        width, heads = flat[f"model.{name}.width"], flat[f"model.{name}.heads"]
+        if width % heads:
+            raise ValueError(f"config.model.{name}.width {width} does not divide by its heads {heads}")
+    if config.total_steps < 1:
+        raise ValueError(
+            f"config.total_samples {config.total_samples} is less than one batch of {config.global_batch_size}; "
+            "raise total_samples or lower global_batch_size"
+        )
+    if config.warmup_samples >= config.total_samples:
+        raise ValueError(
+            f"config.warmup_samples {config.warmup_samples} must be less than total_samples {config.total_samples}"
+        )
+    for key, low, high in (("crop_area", 0, 1), ("crop_aspect", 0, float("inf"))):
+        lo, hi = getattr(data, key)
+        if not low < lo <= hi <= high:
+            raise ValueError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
+    for key in ("optim.base_learning_rate", "model.temperature"):
+        if not flat[key] > 0:
+            raise ValueError(f"config.{key} must be above 0, got {flat[key]}")
+    for template in config.eval.templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")

@@ -1,0 +1,87 @@
+"""The transformer both towers are made of: pre-norm blocks, stacked along a first `layers` axis and scanned."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flip_jax.sharding import constrain_batch
+
+xavier = nnx.initializers.xavier_uniform()
+# The three input projections are drawn as if they were one matrix three times as wide, less sqrt(2) (official).
+_qkv_init = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+# What the backward pass finds saved; it computes the rest again.
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with eps 1e-6; statistics in f32, the output in `dtype`."""
+    vector = {"axes": ("norm",)}
+    return nnx.LayerNorm(
+        width, epsilon=1e-6, dtype=dtype, rngs=rngs, scale_metadata=vector, bias_metadata=vector
+    )
+
+
+def dense(shape: tuple[int, int], axes: tuple[str, str], init, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer with bias whose kernel's two dimensions carry the logical `axes`."""
+    return nnx.Linear(
+        *shape,
+        kernel_init=init,
+        dtype=dtype,
+        rngs=rngs,
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": ("norm" if axes[1] == "embed" else axes[1],)},
+    )
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); tanh-approximated GELU, hidden width 4x."""
+
+    def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm1 = layer_norm(width, dtype, rngs)
+        self.query = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
+        self.key = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
+        self.value = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
+        self.out = dense((width, width), ("heads", "embed"), xavier, dtype, rngs)
+        self.norm2 = layer_norm(width, dtype, rngs)
+        self.mlp1 = dense((width, 4 * width), ("embed", "mlp"), xavier, dtype, rngs)
+        self.mlp2 = dense((4 * width, width), ("mlp", "embed"), xavier, dtype, rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = constrain_batch(x_BxTxD)
+        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
+        y = self.norm1(x)
+        query, key, value = (layer(y).reshape(split) for layer in (self.query, self.key, self.value))
+        attended = jax.nn.dot_product_attention(query, key, value, mask=mask)  # softmax in f32
+        x = x + self.out(attended.reshape(x.shape))
+        return x + self.mlp2(jax.nn.gelu(self.mlp1(self.norm2(x)), approximate=True))
+
+
+class Transformer(nnx.Module):
+    """`depth` blocks and a final norm. Every block parameter has the shape [depth, ...]."""
+
+    def __init__(self, width: int, depth: int, heads: int, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=depth)
+        @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
+        def stacked(rngs):
+            return Block(width, heads, dtype, rngs)
+
+        self.blocks = stacked(rngs)
+        self.norm = layer_norm(width, dtype, rngs)
+        self.remat = remat
+
+    def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`mask`, broadcast to [B, heads, T, T], is true where attention may look; None: everywhere."""
+        graphdef, layers = nnx.split(self.blocks)
+
+        def step(x, layer):
+            return nnx.merge(graphdef, layer)(x, mask), None
+
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        return self.norm(jax.lax.scan(step, x_BxTxD, layers)[0])

@@ -1,0 +1,89 @@
+"""The image tower: a vision transformer that encodes only the patches it is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flip_jax import masking
+from flip_jax.config import ImageTower
+from flip_jax.models import transformer
+
+MEAN = np.array((0.485, 0.456, 0.406), np.float32) * 255
+STD = np.array((0.229, 0.224, 0.225), np.float32) * 255
+
+
+def patchify(image_BxHxWx3: jax.Array, patch_size: int) -> jax.Array:
+    """Non-overlapping patches in row order, each flattened as (row, column, channel): [B, L, patch_size**2 * 3]."""
+    batch, height, width, channels = image_BxHxWx3.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = image_BxHxWx3.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+def sincos_2d(grid: int, width: int) -> np.ndarray:
+    """Fixed positions [1, 1 + grid**2, width]: zeros for cls, then sines and cosines of the column and of the row.
+
+    The column comes first (official code); frequencies 10000^(-k / (width / 4)).
+    """
+    quarter = width // 4
+    frequency = 1 / 10000 ** (np.arange(quarter) / quarter)
+    angle = np.arange(grid)[:, None] * frequency
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [grid, width / 2]
+    by_column, by_row = np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)
+    table = np.concatenate([by_column, by_row], axis=1)
+    return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
+
+
+def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Xavier uniform of the flattened patch, not of the convolution (official)."""
+    return transformer.xavier(key, (int(np.prod(shape[:-1])), shape[-1]), dtype).reshape(shape)
+
+
+class VisionTransformer(nnx.Module):
+    """Patch embedding, fixed sin-cos positions, cls token, transformer, pooling."""
+
+    def __init__(self, settings: ImageTower, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
+        patch, width = settings.patch_size, settings.width
+        self.settings, self.dtype = settings, dtype
+        self.patch_kernel = nnx.Param(
+            _patch_init(rngs.params(), (patch, patch, 3, width), jnp.float32), axes=(None, None, None, "embed")
+        )
+        self.patch_bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if settings.patch_bias else None
+        grid = settings.image_size // patch
+        self.pos_embed = nnx.Param(jnp.asarray(sincos_2d(grid, width)), axes=(None, None, "embed"))
+        cls = nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width), jnp.float32)
+        self.cls = nnx.Param(cls, axes=(None, None, "norm"))
+        self.transformer = transformer.Transformer(
+            width, settings.depth, settings.heads, dtype, remat, rngs
+        )
+
+    def __call__(self, patch_BxLxP: jax.Array, keep_BxK: jax.Array | None = None) -> jax.Array:
+        """Encodes patches; with `keep_BxK` only those, in that order. Returns pooled f32 [B, width].
+
+        Patches are uint8, or floats already normalised. The others are dropped as pixels, so that the embedding, too,
+        costs only the visible share; positions are those of the whole picture.
+        """
+        position_xLxD = jax.lax.stop_gradient(self.pos_embed[...])[:, 1:]
+        if keep_BxK is not None:
+            patch_BxLxP = jnp.take_along_axis(patch_BxLxP, keep_BxK[:, :, None], axis=1)
+            position_xLxD = position_xLxD[0, keep_BxK]
+        if patch_BxLxP.dtype == jnp.uint8:
+            mean, std = (np.tile(x, self.settings.patch_size**2)[None, None] for x in (MEAN, STD))
+            patch_BxLxP = (patch_BxLxP - mean) / std
+        kernel = self.patch_kernel[...].reshape(-1, self.settings.width).astype(self.dtype)
+        x = patch_BxLxP.astype(self.dtype) @ kernel
+        if self.patch_bias is not None:
+            x += self.patch_bias[None, None].astype(self.dtype)
+        x += position_xLxD.astype(self.dtype)
+        cls = jnp.broadcast_to(self.cls[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
+        x = self.transformer(jnp.concatenate([cls, x], axis=1)).astype(jnp.float32)
+        return x[:, 0] if self.settings.pool == "cls" else jnp.mean(x, axis=1)
+
+
+def visible(settings: ImageTower, key: jax.Array, patch_BxLxP: jax.Array) -> jax.Array | None:
+    """Positions of the patches that stay in a training step, or None where nothing is masked."""
+    if settings.mask_ratio == 0:
+        return None
+    keep = masking.keep_count(patch_BxLxP.shape[1], settings.mask_ratio)
+    return masking.STRATEGIES[settings.mask](key, patch_BxLxP, keep)

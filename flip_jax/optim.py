@@ -1,0 +1,56 @@
+"""Learning-rate schedule, AdamW and its weight-decay mask."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flip_jax.config import Config
+
+NOT_DECAYED = ("bias", "patch_bias", "scale", "pos_embed")
+
+
+def peak_learning_rate(config: Config) -> float:
+    """Linear scaling rule: the base rate is for 256 samples."""
+    return config.optim.base_learning_rate * config.global_batch_size / 256
+
+
+def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax.Schedule:
+    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to 0 at `total_steps`, and 0 from there on.
+
+    The update of step s uses the value at s, so the first one is 0 (official). Steps may be fractions.
+    """
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0, 1)
+        cosine = peak * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup_steps, peak * step / max(warmup_steps, 1), cosine)
+
+    return schedule
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """The run's learning rate as a function of the optimiser step."""
+    batch = config.global_batch_size
+    return warmup_cosine(peak_learning_rate(config), config.warmup_samples / batch, config.total_samples / batch)
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: all but biases, norms and position tables; cls and logit_scale do decay (official)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW with decoupled decay, multiplied by the learning rate. Paper, appendix; no gradient clipping."""
+    optim = config.optim
+    return optax.adamw(
+        learning_rate(config),
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=1e-8,
+        mu_dtype=optim.mu_dtype,
+        weight_decay=optim.weight_decay,
+        mask=decay_mask,
+    )

@@ -1,0 +1,80 @@
+"""The device mesh and how logical axes lie on it. Nothing else in the project names a mesh axis.
+
+Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters and optimiser state, `tensor` splits heads and
+the MLP's hidden units.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flip_jax import config as config_lib
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": None,  # 30,523 divides by no useful number of devices
+    "layers": None,  # scanned over
+    "norm": None,  # vectors: a gather would cost more than it saves
+}
+
+
+def make_mesh(settings: config_lib.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
+    """Lays the devices (default: all of the run's) out as data x fsdp x tensor.
+
+    Raises:
+      ValueError: the devices do not divide by fsdp * tensor.
+    """
+    devices = devices or jax.devices()
+    inner = settings.fsdp * settings.tensor
+    if len(devices) % inner:
+        raise ValueError(
+            f"config.mesh: fsdp {settings.fsdp} x tensor {settings.tensor} = {inner} does not divide the "
+            f"{len(devices)} devices of this run; choose sizes whose product does"
+        )
+    shape = (len(devices) // inner, settings.fsdp, settings.tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts the global batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The rule of each logical name; a dimension that does not divide by its mesh axis stays whole."""
+    axes = []
+    for name, size in zip(names, shape, strict=True):
+        axis = RULES[name] if name else None
+        parts = mesh.shape[axis] if isinstance(axis, str) else batch_shards(mesh)
+        axes.append(axis if axis and size % parts == 0 else None)
+    return PartitionSpec(*axes)
+
+
+def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
+    """The sharding of each parameter, as a plain dict shaped like `nnx.to_pure_dict(params)`."""
+
+    def sharding(param):
+        names = param.get_metadata().get("axes") or (None,) * len(param.shape)
+        return NamedSharding(mesh, spec(names, param.shape, mesh))
+
+    shardings = jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension over the batch axes, the others whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps an activation split by batch alone, so that FSDP gathers weights instead of splitting activations."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))

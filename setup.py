@@ -1,0 +1,35 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="flip_jax",
+    version="0.1.0",
+    description="FLIP: fast language-image pre-training with masked patches, in JAX",
+    license="Apache-2.0",
+    packages=find_packages(include=["flip_jax", "flip_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.9,<0.11",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.11.30,<0.13",
+        "grain>=0.2.15,<0.3",
+        "tensorflow-datasets>=4.9.9,<5",
+        "array_record>=0.8,<0.9",
+        "ml_collections>=1.1,<2",
+        "clu>=0.0.12,<0.1",
+        "absl-py>=2.3,<3",
+        "tokenizers>=0.22,<0.24",
+        "pillow>=11,<14",
+        "numpy>=2,<3",
+        "matplotlib>=3.9,<4",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "demo": [],
+        "tfds": ["tensorflow>=2.19"],
+        "dev": ["pytest>=8", "ruff>=0.12"],
+    },
+)

@@ -1,0 +1,140 @@
+"""The model, loss, optimiser and schedule against values recorded from the official code (f32, CPU)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from official import flatten, nest, to_ours
+
+from flip_jax import losses, masking, optim, sharding, train
+from flip_jax.config import Config, ImageTower, Mesh, Model, Optim, TextTower
+from flip_jax.models.flip import FLIP
+
+SETTINGS = Model(
+    image=ImageTower(image_size=64, patch_size=16, width=64, depth=3, heads=4, mask_ratio=0.5),
+    text=TextTower(vocab_size=1001, width=48, depth=2, heads=4),
+    embed_dim=32,
+    dtype="float32",
+)
+CONFIG = Config(
+    global_batch_size=8,
+    total_samples=240,
+    warmup_samples=16,
+    model=SETTINGS,
+    optim=Optim(base_learning_rate=0.032),
+)
+
+
+@pytest.fixture
+def program():
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield train.make_program(CONFIG, mesh)
+
+
+def arrays(path):
+    with np.load(path) as data:
+        return dict(data)
+
+
+def close(ours, theirs, relative, name):
+    """Largest difference within `relative` of the recorded array's largest entry."""
+    bound = relative * max(np.abs(theirs).max(), 1e-12)
+    assert np.abs(np.asarray(ours) - theirs).max() <= bound, name
+
+
+@pytest.mark.parametrize("recipe, name", [("b16", "base"), ("l16", "large"), ("h14", "huge14")])
+def test_parameters_have_the_official_names_and_shapes(recorded, load_recipe, recipe, name):
+    official = json.loads((recorded / "param_shapes_full_configs.json").read_text())[f"cfg_flip_{name}"]
+    model = nnx.eval_shape(lambda: FLIP(load_recipe(f"flip_{recipe}").model, nnx.Rngs(0)))
+    ours = flatten(nnx.to_pure_dict(nnx.split(model)[1]))
+    theirs = to_ours({key: np.broadcast_to(np.float32(0), shape) for key, shape in official["params"].items()})
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    assert sum(value.size for value in ours.values()) == official["n_params"]
+
+
+def test_embeddings_and_loss_of_intact_pictures(recorded, program):
+    inputs, outputs = arrays(recorded / "inputs.npz"), arrays(recorded / "eval_outputs.npz")
+    model = nnx.merge(program.graphdef, nest(to_ours(arrays(recorded / "params.npz"))))
+    image, text = model.encode_image(inputs["image"]), model.encode_text(inputs["txt"])
+    close(image, outputs["z_img"], 1e-5, "image")
+    close(text, outputs["z_txt"], 1e-5, "text")
+    np.testing.assert_allclose(losses.info_nce(image, text, model.scale()), outputs["loss"], atol=1e-6)
+
+
+def test_three_optimiser_steps(recorded, program, monkeypatch):
+    inputs, steps = arrays(recorded / "inputs.npz"), arrays(recorded / "train_steps.npz")
+    params = jax.tree.map(jnp.asarray, nest(to_ours(arrays(recorded / "params.npz"))))
+    state = train.TrainState(jnp.int32(0), params, optim.make_optimizer(CONFIG).init(params))
+    for step in range(3):
+        keep = masking.smallest(jnp.asarray(steps[f"noise_step{step}"]), 8)
+        np.testing.assert_array_equal(keep, steps[f"ids_keep_step{step}"])
+        monkeypatch.setitem(masking.STRATEGIES, "random", lambda *_, keep=keep: keep)
+        if step == 0:
+            loss = train.make_loss(program.graphdef)
+            grads = jax.grad(loss)(state.params, inputs["image"], inputs["txt"], jax.random.key(0))
+            theirs = to_ours(arrays(recorded / "grads_step0.npz"))
+            for name, grad in flatten(grads).items():
+                if "key/bias" not in name:  # mathematically 0: rounding noise only
+                    close(grad, theirs[name], 1e-4, name)
+        # A program of its own for each step: the recorded mask is a constant of the compiled step.
+        program = train.make_program(CONFIG, sharding.make_mesh(Mesh(), jax.devices()[:1]))
+        state, metrics = program.step(state, inputs["image"], inputs["txt"])
+        np.testing.assert_allclose(metrics["loss"], steps["loss"][step], atol=1e-6)
+        np.testing.assert_allclose(metrics["learning_rate"], steps["learning_rate"][step], rtol=1e-6)
+    theirs = to_ours(arrays(recorded / "params_after_step2.npz"))
+    for name, value in flatten(state.params).items():
+        if "key/bias" not in name:
+            close(value, theirs[name], 1e-5, name)
+
+
+def test_logit_scale_is_clipped_and_its_gradient_halved_at_a_bound(recorded, program):
+    inputs = arrays(recorded / "inputs.npz")
+    params = nest(to_ours(arrays(recorded / "params.npz")))
+
+    def loss(logit_scale, **rest):
+        model = nnx.merge(program.graphdef, params | {"logit_scale": logit_scale})
+        image, text = model.encode_image(inputs["image"]), model.encode_text(inputs["txt"])
+        return losses.info_nce(image, text, model.scale())
+
+    for stored, official in json.loads((recorded / "logit_scale_clip.json").read_text()).items():
+        value, grad = jax.value_and_grad(loss)(jnp.full((1,), float(stored)))
+        np.testing.assert_allclose(value, official["loss"], rtol=1e-6)
+        np.testing.assert_allclose(grad[0], official["grad_logit_scale"], rtol=1e-4, atol=1e-7)
+
+
+def test_weight_decay_applies_to_the_official_names(recorded, program):
+    official = json.loads((recorded / "weight_decay.json").read_text())
+    ours = flatten(optim.decay_mask(program.state.params))
+    for decayed, names in ((True, official["decayed"]), (False, official["not_decayed"])):
+        for name in to_ours(dict.fromkeys(names, 0)):
+            assert ours.pop(name) == decayed, name
+    assert not ours
+
+
+def test_schedules(recorded):
+    for name, official in json.loads((recorded / "lr_schedules.json").read_text()).items():
+        if name == "small":
+            peak, warmup, total = 0.001, 2, 30
+        else:
+            peak, warmup, total = (official[key] for key in ("abs_lr", "warmup_steps", "total_steps"))
+        ours = optim.warmup_cosine(peak, warmup, total)(np.array(official["steps"]))
+        np.testing.assert_allclose(ours, official["lr"], rtol=2e-7, atol=peak * 1e-7, err_msg=name)
+
+
+def test_adamw_is_the_one_of_the_paper():
+    """One update by hand: m / (sqrt(v) + eps) + decay * w, times the learning rate."""
+    optimizer = optim.make_optimizer(CONFIG)
+    params = {"kernel": jnp.array([2.0]), "bias": jnp.array([3.0])}
+    state = optimizer.init(params)
+    grads = {"kernel": jnp.array([0.5]), "bias": jnp.array([0.25])}
+    for rate in (0.0, 0.0005):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        direction = 1.0  # constant gradients: bias-corrected m / sqrt(v) is their sign
+    np.testing.assert_allclose(params["kernel"], 2 - rate * (direction + 0.2 * 2), rtol=1e-6)
+    np.testing.assert_allclose(params["bias"], 3 - rate * direction, rtol=1e-6)
