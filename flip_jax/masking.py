@@ -12,7 +12,7 @@ def keep_count(patches: int, mask_ratio: float) -> int:
 
 
 def smallest(noise: jax.Array, keep: int) -> jax.Array:
-    """Positions of the `keep` smallest values of each row of `noise` [B, L], in rising order of the noise: [B, keep]."""
+    """Positions [B, keep] of the smallest values of each row of `noise` [B, L], in rising order of the noise."""
     return jnp.argsort(noise, axis=1)[:, :keep]
 
 

@@ -1,7 +1,7 @@
 """The device mesh and how logical axes lie on it. Nothing else in the project names a mesh axis.
 
-Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters and optimiser state, `tensor` splits heads and
-the MLP's hidden units.
+Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters and optimiser state, `tensor` splits heads
+and the MLP's hidden units.
 """
 
 from typing import Any
@@ -73,8 +73,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
+def by_batch(x: jax.Array) -> jax.Array:
     """Keeps an activation split by batch alone, so that FSDP gathers weights instead of splitting activations."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+    return _constrain(x, PartitionSpec(BATCH))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Gathers a parameter that is about to be indexed, which could not be done in parts."""
+    return _constrain(x, PartitionSpec())
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)

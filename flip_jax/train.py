@@ -1,9 +1,10 @@
 """The pure train step and the loop around it."""
 
-import collections
 import logging
 import pathlib
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flip_jax import losses, optim, sharding
+from flip_jax import checkpoint, evaluators, losses, metrics, optim, sharding
 from flip_jax.config import Config
-
-
+from flip_jax.data import pipeline
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
+
+_log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2  # steps given to the devices ahead of the one they work on
 
@@ -92,4 +97,188 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings),
         jax.jit(init, out_shardings=shardings),
         jax.jit(step, in_shardings=(shardings, rows, rows), out_shardings=(shardings, whole), donate_argnums=0),
+    )
+
+
+def train(config: Config, workdir: str | pathlib.Path) -> None:
+    """Trains to `config.total_samples`, or goes on from the newest checkpoint in `workdir`.
+
+    Raises:
+      ValueError: settings, data or checkpoints that do not fit together, each with its remedy.
+      FloatingPointError: a loss that is not finite; the step and the keys of its samples are named.
+    """
+    workdir = pathlib.Path(workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch(config, mesh)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    start = checkpoints.latest() or 0
+    if start:
+        checkpoints.check_config(config)
+    if start == config.total_steps:
+        _log.info("%s: this run is finished, all %d steps are done; nothing to do", workdir, start)
+        return
+    tokenizer = make_tokenizer(config, checkpoints)
+    batches = iter(
+        pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
+    )
+    with jax.set_mesh(mesh), _Termination() as termination:
+        program = make_program(config, mesh)
+        encoder = Encoder(program.graphdef, None, tokenizer, config)
+        evaluators.check(config)
+        # Order of initialisation: resume, else init_from, else fresh.
+        if start:
+            state = checkpoints.restore(program.state, batches)
+            _log.info("resumed at step %d (%d samples)", start, start * config.global_batch_size)
+        else:
+            state = program.init()
+            if config.init_from:
+                step = checkpoint.newest(config.init_from)
+                state = state._replace(params=checkpoint.read_params(step, program.state.params))
+                _log.info("started from the weights in %s", step)
+        _log_start(config, mesh, program)
+        writer = metrics.Writer(workdir, start)
+        progress = metrics.Progress(config.model, config.global_batch_size, start, config.total_steps)
+        window: list[tuple[int, list[str], dict[str, jax.Array]]] = []  # steps since the last log point
+        waited = 0.0
+        for step in range(start + 1, config.total_steps + 1):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            with jax.transfer_guard("disallow"):
+                state, report = program.step(state, *to_devices(mesh, batch["image"], batch["text"]))
+            window.append((step, batch["keys"], report))
+            # Bounds the batches that wait on the devices; the one waited for is done long before they run dry.
+            jax.block_until_ready(window[-1 - IN_FLIGHT :][0][2])
+            stop, last = termination.reached(step), step == config.total_steps
+            save = stop or last or _due(step, config.checkpoint.every_steps)
+            evaluate = config.eval.every_steps and (last or _due(step, config.eval.every_steps))
+            if save or evaluate or _due(step, config.log.every_steps):
+                scalars = summarise(window, workdir)
+                scalars |= {"samples_seen": step * config.global_batch_size, **progress.report(step)}
+                scalars["input_wait_seconds"], waited = waited, 0.0
+                scalars |= _count_scalars(batch["counts"])
+                window.clear()
+                writer.write(step, scalars)
+                _say(metrics.progress_line(step, config.total_steps, scalars))
+            before = time.perf_counter()
+            if evaluate:
+                encoder.params = state.params
+                results = dict(evaluators.run(encoder, config))
+                writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
+            if save:
+                checkpoints.save(step, state, batches, tokenizer, config)
+            progress.exclude(time.perf_counter() - before)
+            if stop:
+                break
+        checkpoints.close()
+        writer.close()
+        if stop and not last:
+            _say(f"SIGTERM: saved step {step} of {config.total_steps} in {workdir}; run the same command to go on")
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError where the global batch cannot be split evenly over the mesh."""
+    shards = sharding.batch_shards(mesh)
+    if config.global_batch_size % shards:
+        nearest = max(1, round(config.global_batch_size / shards)) * shards
+        raise ValueError(
+            f"config.global_batch_size {config.global_batch_size} does not divide by the {shards} devices that the "
+            f"batch is split over (mesh data x fsdp); the nearest that does is {nearest}"
+        )
+
+
+def make_tokenizer(config: Config, checkpoints: checkpoint.Checkpoints) -> Tokenizer:
+    """The tokenizer of the run: the checkpoint's, else `config.data.vocab`'s, else one trained on the captions.
+
+    Raises:
+      ValueError: it has more entries than `config.model.text.vocab_size`.
+    """
+    size = config.model.text.vocab_size
+    if (step := checkpoints.latest()) is not None:
+        tokenizer = Tokenizer.from_json(checkpoint.read_json(checkpoints.directory / str(step), "tokenizer"))
+    elif config.data.vocab:
+        tokenizer = Tokenizer.from_vocab(config.data.vocab)
+    else:
+        _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
+        tokenizer = Tokenizer.train(pipeline.caption_sample(config), size)
+    if tokenizer.vocab_size > size:
+        raise ValueError(
+            f"config.model.text.vocab_size {size} is less than the tokenizer's {tokenizer.vocab_size} entries "
+            f"({config.data.vocab}); raise it to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def to_devices(mesh: Mesh, *local: np.ndarray) -> Iterator[jax.Array]:
+    """The global batch, from the rows that each process holds."""
+    rows = sharding.batch_sharding(mesh)
+    return (jax.make_array_from_process_local_data(rows, array) for array in local)
+
+
+def summarise(window: list[tuple[int, list[str], dict[str, jax.Array]]], workdir: pathlib.Path) -> dict[str, float]:
+    """Fetches the reports of the steps since the last log point: the mean loss, the other scalars of the last step.
+
+    Raises:
+      FloatingPointError: a loss is not finite. The samples' keys (of this process) go to WORKDIR/nonfinite_STEP.txt.
+    """
+    reports = jax.device_get([report for _, _, report in window])
+    for (step, keys, _), report in zip(window, reports, strict=True):
+        if not np.isfinite(report["loss"]):
+            path = workdir / f"nonfinite_{step}.txt"
+            path.write_text("\n".join(keys) + "\n")
+            raise FloatingPointError(
+                f"the loss of step {step} is {report['loss']}; nothing was saved since. Its samples: {keys[:4]} ... (all "
+                f"in {path}). Look at them, lower config.optim.base_learning_rate or lengthen config.warmup_samples."
+            )
+    scalars = {name: float(value) for name, value in reports[-1].items()}
+    return scalars | {"loss": float(np.mean([report["loss"] for report in reports]))}
+
+
+class _Termination:
+    """Notices SIGTERM without interrupting a step; with several processes, all stop after the same step."""
+
+    def __enter__(self):
+        self._signalled = False
+        # With several processes jax.distributed has its own handler, which a second one would replace.
+        self._previous = signal.signal(signal.SIGTERM, self._notice) if jax.process_count() == 1 else None
+        return self
+
+    def __exit__(self, *_):
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _notice(self, *_):
+        self._signalled = True
+
+    def reached(self, step: int) -> bool:
+        """Whether the run ends after this step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signalled
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _count_scalars(counts: dict[str, Any]) -> dict[str, int]:
+    return {
+        "data/read": counts["read"],
+        "data/used": counts["used"],
+        **{f"data/bad/{kind}": count for kind, count in counts["bad"].items()},
+    }
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _log_start(config: Config, mesh: Mesh, program: Program) -> None:
+    params = sum(x.size for x in jax.tree.leaves(program.state.params))
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    _say(
+        f"{params / 1e6:,.1f} M parameters, {metrics.flops_per_sample(config.model) / 1e9:,.1f} GFLOP a sample, "
+        f"{mesh.size} {jax.devices()[0].device_kind} ({axes}), {jax.process_count()} process(es), "
+        f"{config.total_steps:,} steps of {config.global_batch_size:,} samples"
     )

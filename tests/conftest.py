@@ -1,5 +1,6 @@
-"""Eight CPU devices for every test, strict ranks and dtypes off by default in jax made errors, shared fixtures."""
+"""Eight CPU devices for every test, implicit rank promotion an error, and the fixtures that several files share."""
 
+import importlib
 import os
 import pathlib
 
@@ -8,6 +9,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
+
+from flip_jax import config as config_lib
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,14 +29,9 @@ def recorded():
 
 @pytest.fixture
 def load_recipe():
-    """A function that turns a recipe's name, and an argument string as on the command line, into its `Config`."""
-    return recipe
+    """A function: a recipe's name, and an argument string as on the command line, to its checked `Config`."""
 
+    def load(name, arg=""):
+        return config_lib.from_config_dict(importlib.import_module(f"configs.{name}").get_config(arg))
 
-def recipe(name, arg=""):
-    """The checked settings of configs/NAME.py."""
-    import importlib
-
-    from flip_jax import config
-
-    return config.from_config_dict(importlib.import_module(f"configs.{name}").get_config(arg))
+    return load

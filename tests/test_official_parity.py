@@ -132,9 +132,10 @@ def test_adamw_is_the_one_of_the_paper():
     params = {"kernel": jnp.array([2.0]), "bias": jnp.array([3.0])}
     state = optimizer.init(params)
     grads = {"kernel": jnp.array([0.5]), "bias": jnp.array([0.25])}
-    for rate in (0.0, 0.0005):
+    for _ in range(2):
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        direction = 1.0  # constant gradients: bias-corrected m / sqrt(v) is their sign
+    rate = 0.0005  # of the second step; the first one's is 0
+    direction = 1.0  # constant gradients: bias-corrected m / sqrt(v) is their sign
     np.testing.assert_allclose(params["kernel"], 2 - rate * (direction + 0.2 * 2), rtol=1e-6)
     np.testing.assert_allclose(params["bias"], 3 - rate * direction, rtol=1e-6)

@@ -18,10 +18,9 @@ class FLIP(nnx.Module):
     """Contrastive image-text model. Parameters are f32; `settings.dtype` is the type of the towers' arithmetic."""
 
     def __init__(self, settings: Model, rngs: nnx.Rngs):
-        dtype = jnp.dtype(settings.dtype)
         self.settings = settings
-        self.image = VisionTransformer(settings.image, dtype, settings.remat, rngs)
-        self.text = TextTransformer(settings.text, dtype, settings.remat, rngs)
+        self.image = VisionTransformer(settings, rngs)
+        self.text = TextTransformer(settings, rngs)
         self.image_projection = _projection(settings.image.width, settings.embed_dim, rngs)
         self.text_projection = _projection(settings.text.width, settings.embed_dim, rngs)
         self.logit_scale = nnx.Param(jnp.full((1,), math.log(settings.temperature)), axes=("norm",))
@@ -41,7 +40,7 @@ class FLIP(nnx.Module):
         return _normalise(self.text_projection(self.text(token_BxT)))
 
     def scale(self) -> jax.Array:
-        """What multiplies the cosines, a scalar: exp(logit_scale) held within [1, 100]; the stored value is not clipped."""
+        """What multiplies the cosines, a scalar: exp(logit_scale) within [1, 100]; the stored value is not clipped."""
         # Not jnp.clip, whose gradient at a bound may change: minimum and maximum halve it there (official).
         return jnp.exp(jnp.minimum(jnp.maximum(self.logit_scale[0], 0), math.log(MAX_SCALE)))
 

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flip_jax.config import TextTower
+from flip_jax.config import Model
 from flip_jax.models import transformer
+from flip_jax.sharding import whole
 
 PAD = 0
 
@@ -13,26 +14,26 @@ PAD = 0
 class TextTransformer(nnx.Module):
     """Token embedding, learned positions, transformer, pooling. No special token is put in front (official)."""
 
-    def __init__(self, settings: TextTower, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
-        self.settings, self.dtype = settings, dtype
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.settings, self.dtype = model.text, jnp.dtype(model.dtype)
+        settings = model.text
         normal = nnx.initializers.normal(0.02)
         self.token_embed = nnx.Param(
             normal(rngs.params(), (settings.vocab_size, settings.width), jnp.float32), axes=("vocab", "embed")
         )
         self.pos_embed = nnx.Param(
             normal(rngs.params(), (1, settings.context_length, settings.width), jnp.float32),
-            axes=(None, None, "embed"),
+            axes=(None, None, "norm"),
         )
-        self.transformer = transformer.Transformer(
-            settings.width, settings.depth, settings.heads, dtype, remat, rngs
-        )
+        self.transformer = transformer.Transformer(settings, model, rngs)
 
     def __call__(self, token_BxT: jax.Array) -> jax.Array:
         """Encodes int32 tokens, 0 being padding. Returns pooled f32 [B, width]."""
         real_BxT = token_BxT != PAD
-        x = self.token_embed[...][token_BxT] + self.pos_embed[...]
+        table = whole(self.token_embed[...].astype(self.dtype))
+        x = table[token_BxT] + self.pos_embed[...].astype(self.dtype)
         mask = real_BxT[:, None, None, :] if self.settings.mask_padding else None
-        x = self.transformer(x.astype(self.dtype), mask).astype(jnp.float32)
+        x = self.transformer(x, mask).astype(jnp.float32)
         if self.settings.pool == "first":
             return x[:, 0]
         weight_BxTx1 = real_BxT[:, :, None].astype(jnp.float32)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flip_jax.sharding import constrain_batch
+from flip_jax.config import ImageTower, Model, TextTower
+from flip_jax.sharding import by_batch
 
 xavier = nnx.initializers.xavier_uniform()
 # The three input projections are drawn as if they were one matrix three times as wide, less sqrt(2) (official).
@@ -21,9 +22,7 @@ _REMAT_POLICIES = {
 def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm with eps 1e-6; statistics in f32, the output in `dtype`."""
     vector = {"axes": ("norm",)}
-    return nnx.LayerNorm(
-        width, epsilon=1e-6, dtype=dtype, rngs=rngs, scale_metadata=vector, bias_metadata=vector
-    )
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs, scale_metadata=vector, bias_metadata=vector)
 
 
 def dense(shape: tuple[int, int], axes: tuple[str, str], init, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -53,7 +52,7 @@ class Block(nnx.Module):
         self.mlp2 = dense((4 * width, width), ("mlp", "embed"), xavier, dtype, rngs)
 
     def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        x = constrain_batch(x_BxTxD)
+        x = by_batch(x_BxTxD)
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         y = self.norm1(x)
         query, key, value = (layer(y).reshape(split) for layer in (self.query, self.key, self.value))
@@ -65,15 +64,17 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """`depth` blocks and a final norm. Every block parameter has the shape [depth, ...]."""
 
-    def __init__(self, width: int, depth: int, heads: int, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=depth)
+    def __init__(self, tower: ImageTower | TextTower, model: Model, rngs: nnx.Rngs):
+        dtype = jnp.dtype(model.dtype)
+
+        @nnx.split_rngs(splits=tower.depth)
         @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
         def stacked(rngs):
-            return Block(width, heads, dtype, rngs)
+            return Block(tower.width, tower.heads, dtype, rngs)
 
         self.blocks = stacked(rngs)
-        self.norm = layer_norm(width, dtype, rngs)
-        self.remat = remat
+        self.norm = layer_norm(tower.width, dtype, rngs)
+        self.model = model
 
     def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """`mask`, broadcast to [B, heads, T, T], is true where attention may look; None: everywhere."""
@@ -82,6 +83,6 @@ class Transformer(nnx.Module):
         def step(x, layer):
             return nnx.merge(graphdef, layer)(x, mask), None
 
-        if self.remat != "none":
-            step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
-        return self.norm(jax.lax.scan(step, x_BxTxD, layers)[0])
+        if self.model.remat != "none":
+            step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.model.remat], prevent_cse=self.model.unroll)
+        return self.norm(jax.lax.scan(step, x_BxTxD, layers, unroll=self.model.unroll)[0])

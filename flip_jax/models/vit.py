@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from flip_jax import masking
-from flip_jax.config import ImageTower
+from flip_jax.config import ImageTower, Model
 from flip_jax.models import transformer
 
 MEAN = np.array((0.485, 0.456, 0.406), np.float32) * 255
@@ -43,20 +43,18 @@ def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax
 class VisionTransformer(nnx.Module):
     """Patch embedding, fixed sin-cos positions, cls token, transformer, pooling."""
 
-    def __init__(self, settings: ImageTower, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
-        patch, width = settings.patch_size, settings.width
-        self.settings, self.dtype = settings, dtype
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.settings, self.dtype = model.image, jnp.dtype(model.dtype)
+        settings, patch, width = model.image, model.image.patch_size, model.image.width
         self.patch_kernel = nnx.Param(
             _patch_init(rngs.params(), (patch, patch, 3, width), jnp.float32), axes=(None, None, None, "embed")
         )
         self.patch_bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if settings.patch_bias else None
         grid = settings.image_size // patch
-        self.pos_embed = nnx.Param(jnp.asarray(sincos_2d(grid, width)), axes=(None, None, "embed"))
+        self.pos_embed = nnx.Param(jnp.asarray(sincos_2d(grid, width)), axes=(None, None, "norm"))
         cls = nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width), jnp.float32)
         self.cls = nnx.Param(cls, axes=(None, None, "norm"))
-        self.transformer = transformer.Transformer(
-            width, settings.depth, settings.heads, dtype, remat, rngs
-        )
+        self.transformer = transformer.Transformer(settings, model, rngs)
 
     def __call__(self, patch_BxLxP: jax.Array, keep_BxK: jax.Array | None = None) -> jax.Array:
         """Encodes patches; with `keep_BxK` only those, in that order. Returns pooled f32 [B, width].

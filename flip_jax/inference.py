@@ -1,0 +1,74 @@
+"""A trained model as people use it: pictures and strings in, embeddings out."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from PIL import Image
+
+from flip_jax import checkpoint, sharding
+from flip_jax import config as config_lib
+from flip_jax.config import Config
+from flip_jax.data import transforms
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.models.flip import FLIP
+
+
+class Encoder:
+    """Both towers of one model with its tokenizer and settings. `params` may be replaced between calls."""
+
+    def __init__(self, graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, config: Config):
+        self.params, self.tokenizer, self.config = params, tokenizer, config
+        self.mesh = jax.sharding.get_mesh()
+        whole = jax.sharding.NamedSharding(self.mesh, PartitionSpec())
+        self._image = jax.jit(lambda params, image: nnx.merge(graphdef, params).encode_image(image))
+        self._text = jax.jit(lambda params, text: nnx.merge(graphdef, params).encode_text(text), out_shardings=whole)
+
+    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> jax.Array:
+        """Normalised embeddings [B, embed_dim] of uint8 pictures [B, S, S, 3], or of PIL pictures of any size.
+
+        With several processes each gives its own rows, and the result is the global array.
+        """
+        if not isinstance(images, np.ndarray):
+            size = self.config.model.image.image_size
+            images = np.stack([transforms.eval_image(image.convert("RGB"), size) for image in images])
+        shards = sharding.batch_shards(self.mesh) // jax.process_count()
+        padding = -len(images) % shards
+        rows = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)])
+        array = jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), rows)
+        embedded = self._image(self.params, array)
+        return embedded[: len(images)] if padding else embedded
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Normalised embeddings [B, embed_dim] of strings; with several processes each gives all of them."""
+        tokens = self.tokenizer(texts, self.config.model.text.context_length)
+        padded = np.pad(tokens, [(0, -len(tokens) % sharding.batch_shards(self.mesh)), (0, 0)])
+        rows = sharding.batch_sharding(self.mesh)
+        array = jax.make_array_from_callback(padded.shape, rows, lambda index: padded[index])
+        return np.asarray(self._text(self.params, array))[: len(texts)]
+
+
+def load(path: str | pathlib.Path) -> Encoder:
+    """The model of a workdir's newest checkpoint, or of one step's folder, on all devices of this process.
+
+    Raises:
+      ValueError: there is no complete checkpoint.
+    """
+    step = checkpoint.newest(str(path))
+    config = config_lib.from_flat(checkpoint.read_json(step, "config"))
+    mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
+    abstract = nnx.eval_shape(functools.partial(FLIP, config.model, nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nnx.to_pure_dict(params),
+        sharding.param_shardings(params, mesh),
+    )
+    with jax.set_mesh(mesh):
+        tokenizer = Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
+        return Encoder(graphdef, checkpoint.read_params(step, shapes), tokenizer, config)

@@ -1,0 +1,122 @@
+"""What a run reports: metrics.jsonl always, TensorBoard where clu's writer can be imported, and a progress line."""
+
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Mapping
+
+import jax
+
+from flip_jax.config import Model
+
+_log = logging.getLogger(__name__)
+
+# Peak bf16 FLOP/s of one device as jax counts them (a TPU v2 or v3 device is one core). Makers' data sheets.
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def flops_per_sample(model: Model) -> float:
+    """Floating-point operations of one training sample, forward and backward, counting visible patches only.
+
+    Matrix products only, no recompute: what model FLOP utilisation (MFU) is defined by.
+    """
+    image, text = model.image, model.text
+    visible = int((image.image_size // image.patch_size) ** 2 * (1 - image.mask_ratio))
+    embed = visible * 2 * 3 * image.patch_size**2 * image.width
+    project = 2 * (image.width + text.width) * model.embed_dim
+    towers = sum(
+        tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
+        for tower, tokens in ((image, visible + 1), (text, text.context_length))
+    )
+    return 3.0 * (embed + project + towers)
+
+
+def peak_flops() -> float | None:
+    """Peak bf16 FLOP/s of all devices of the run, or None for a kind that is not in the table."""
+    kind = jax.devices()[0].device_kind
+    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] * jax.device_count() if known else None
+
+
+class Writer:
+    """Appends scalars to WORKDIR/metrics.jsonl and TensorBoard; on other processes than the first it does nothing.
+
+    Lines of steps after `step` (of a run that was killed and goes on from there) are dropped first.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self._file = self._tensorboard = None
+        if jax.process_index():
+            return
+        path = workdir / "metrics.jsonl"
+        kept = (
+            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            if path.exists()
+            else []
+        )
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        try:
+            from clu import metric_writers  # imports TensorFlow, which training does without
+        except ImportError:
+            _log.info("TensorBoard is off: clu's writer needs TensorFlow (pip install tensorflow)")
+        else:
+            self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+
+    def write(self, step: int, scalars: Mapping[str, float]):
+        """One line {"step": step, name: value, ...}."""
+        if self._file:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, scalars)
+
+    def close(self):
+        """Flushes and closes the files."""
+        if self._file:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+class Progress:
+    """Rate, time left and MFU of the steps since the last report."""
+
+    def __init__(self, model: Model, batch_size: int, step: int, total_steps: int):
+        self._flops, self._peak = flops_per_sample(model), peak_flops()
+        self._batch_size, self._total_steps = batch_size, total_steps
+        self._step, self._time = step, time.perf_counter()
+
+    def report(self, step: int) -> dict[str, float]:
+        """{"images_per_second", "seconds_left", and "mfu" where the device's peak is known} since the last call."""
+        now = time.perf_counter()
+        rate = (step - self._step) * self._batch_size / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        report = {"images_per_second": rate, "seconds_left": (self._total_steps - step) * self._batch_size / rate}
+        if self._peak:
+            report["mfu"] = rate * self._flops / self._peak
+        return report
+
+    def exclude(self, seconds: float):
+        """Leaves `seconds` (of an evaluation, say) out of the next report."""
+        self._time += seconds
+
+
+def progress_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
+    """What a person follows on the terminal."""
+    minutes, seconds = divmod(round(scalars["seconds_left"]), 60)
+    mfu = f"  mfu {scalars['mfu']:.1%}" if "mfu" in scalars else ""
+    return (
+        f"step {step}/{total_steps}  samples {scalars['samples_seen']:,}  loss {scalars['loss']:.4f}  "
+        f"scale {scalars['logit_scale']:.2f}  lr {scalars['learning_rate']:.3g}  "
+        f"{scalars['images_per_second']:,.0f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    )

@@ -1,0 +1,74 @@
+"""Pictures of a run: python -m flip_jax.report --workdir=DIR [--queries="red heart,dog"]
+
+Writes loss.png, zeroshot.png and retrieval.png to DIR/report.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import app, flags
+
+from flip_jax.data import pipeline
+from flip_jax.inference import Encoder, load
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
+_QUERIES = flags.DEFINE_list("queries", None, "Texts to look pictures up by (default: eight of the class names)")
+SHOWN = 8  # pictures for each query
+
+
+def curve(workdir: pathlib.Path, names: dict[str, str], ylabel: str, path: pathlib.Path) -> None:
+    """Draws the metrics {name: label} of WORKDIR/metrics.jsonl over samples seen, as far as there are any."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in names.items():
+        points = [(line["samples_seen"], line[name]) for line in lines if name in line]
+        axes.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", markersize=3, label=label)
+    axes.set(xlabel="samples seen", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def retrieval(encoder: Encoder, queries: Sequence[str], path: pathlib.Path) -> None:
+    """A row for each query: the pictures of the evaluation source whose embeddings are nearest, the best first."""
+    images, embeddings = [], []
+    for batch in pipeline.eval_dataset(encoder.config.eval.zeroshot, encoder.config):
+        images.append(batch["image"][batch["mask"]])
+        embeddings.append(np.asarray(encoder.encode_image(batch["image"]))[batch["mask"]])
+    images, embeddings = np.concatenate(images), np.concatenate(embeddings)
+    nearest = np.argsort(-encoder.encode_text(queries) @ embeddings.T, axis=1)[:, :SHOWN]
+    figure, grid = plt.subplots(len(queries), SHOWN, figsize=(SHOWN, 1.2 * len(queries)), squeeze=False)
+    for query, ids, row in zip(queries, nearest, grid, strict=True):
+        row[0].set_title(query, loc="left", fontsize=10)
+        for axes in row:
+            axes.axis("off")
+        for index, axes in zip(ids, row, strict=False):
+            axes.imshow(images[index])
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(_) -> None:
+    plt.switch_backend("agg")
+    workdir = pathlib.Path(_WORKDIR.value)
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    curve(workdir, {"loss": "training loss"}, "InfoNCE", folder / "loss.png")
+    curve(
+        workdir, {"zeroshot/top1": "top-1", "zeroshot/top5": "top-5"}, "zero-shot accuracy (%)", folder / "zeroshot.png"
+    )
+    encoder = load(workdir)
+    if encoder.config.eval.zeroshot:
+        names = pipeline.class_names(encoder.config.eval.zeroshot, encoder.config)
+        queries = _QUERIES.value or [names[i] for i in np.linspace(0, len(names) - 1, 8).astype(int)]
+        retrieval(encoder, queries, folder / "retrieval.png")
+    print(f"report: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+
+
+if __name__ == "__main__":
+    app.run(main)

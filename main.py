@@ -1,0 +1,54 @@
+"""Trains FLIP: python main.py --config=configs/flip_l16.py --workdir=DIR --config.data.train=webdataset:PATTERN"""
+
+import logging
+import pathlib
+import sys
+import traceback
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+import flip_jax
+from flip_jax import config as config_lib
+from flip_jax import train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py[:key=value,...]", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and reports", required=True)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One process of several; the cluster is detected (TPU pod, SLURM)"
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster is detected")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --coordinator")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("flip_jax").setLevel(logging.INFO)
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    try:
+        train.train(config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value)
+    except (ValueError, FloatingPointError) as error:
+        # What this package refuses says all there is to say; an error from elsewhere keeps its trace.
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(
+            str(pathlib.Path(flip_jax.__file__).parent)
+        ):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Flags as absl reads them; a setting that the recipe does not have, or a value of another type, is one clear error."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        sys.exit(f"error: --config: {' '.join(str(error.args[0]).split())}; flip_jax/config.py has all settings")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,84 @@
+"""Settings: recipes equal the paper, and every mistake is named with its remedy."""
+
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from flip_jax import config as config_lib
+from flip_jax import optim
+from flip_jax.config import Config
+
+
+def test_recipes_have_the_hyper_parameters_of_the_paper(load_recipe):
+    for name in ("flip_b16", "flip_l16", "flip_l14", "flip_h14", "clip_b16", "clip_l16", "clip_l14"):
+        config = load_recipe(name)
+        assert config.global_batch_size == 65_536
+        assert config.total_samples == 12_800_000_000
+        assert config.warmup_samples == (256_000_000 if "h14" in name else 51_200_000)
+        assert optim.peak_learning_rate(config) == pytest.approx(1.024e-3)
+        assert config.optim == config_lib.Optim(4e-6, 0.9, 0.95, 0.2, "float32")
+        assert config.model.image.mask_ratio == (0.5 if "flip" in name else 0)
+        assert config.model.image.patch_size == int(name[-2:])
+        assert (config.data.crop_area, config.data.crop_aspect) == ((0.5, 1.0), (3 / 4, 4 / 3))
+    for name in ("flip_b16_unmasked", "flip_l16_unmasked", "flip_h14_unmasked"):
+        config = load_recipe(name)
+        assert config.model.image.mask_ratio == 0
+        assert (config.total_samples, config.warmup_samples) == (128_000_000, 25_600_000)
+        assert config.optim.base_learning_rate == 4e-8
+    for name in ("flip_l16_laion2b", "flip_h14_laion2b"):
+        assert load_recipe(name).optim.base_learning_rate == 2e-6
+
+
+def test_arguments_of_a_recipe(load_recipe):
+    config = load_recipe("flip_l16", "model.image.mask_ratio=0.75,seed=7,model.dtype=float32,model.temperature=10")
+    assert (config.model.image.mask_ratio, config.seed, config.model.dtype) == (0.75, 7, "float32")
+    with pytest.raises(ValueError, match="'seed' is not of the form key=value"):
+        load_recipe("flip_l16", "seed")
+    with pytest.raises(ValueError, match="config.model.image.mask_rate is unknown"):
+        load_recipe("flip_l16", "model.image.mask_rate=0.75")
+
+
+def test_flat_settings_come_back(load_recipe):
+    config = load_recipe("flip_h14")
+    assert config_lib.from_flat(config_lib.flatten(config)) == config
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("model.imagee", {}, r"config.model.imagee is unknown; did you mean config.model.image\?"),
+        ("totl_samples", 1, r"config.totl_samples is unknown; did you mean config.total_samples\?"),
+        ("model", 3, r"config.model is a group of settings, got 3"),
+        ("seed", "1", r"config.seed must be int, got '1'"),
+        ("seed", True, r"config.seed must be int, got True"),
+        ("data.flip", 1, r"config.data.flip must be bool, got 1"),
+        ("data.crop_area", (0.5,), r"config.data.crop_area must be tuple\[float, float\]"),
+        ("data.crop_area", (0.9, 0.5), r"config.data.crop_area must be a range within"),
+        ("model.image.mask_ratio", 1.0, r"config.model.image.mask_ratio must be in \[0, 1\), got 1.0"),
+        ("model.image.mask_ratio", -0.1, r"config.model.image.mask_ratio must be in \[0, 1\), got -0.1"),
+        ("model.image.mask_ratio", 0.999, r"leaves no patch"),
+        ("model.image.image_size", 220, r"image_size 220 does not divide by patch_size 16; .* is 224"),
+        ("model.image.heads", 5, r"config.model.image.width 768 does not divide by its heads 5"),
+        ("model.image.width", 6, r"config.model.image.width must divide by 4"),
+        ("model.dtype", "float16", r"config.model.dtype must be one of bfloat16, float32; got 'float16'"),
+        ("model.temperature", 0.0, r"config.model.temperature must be above 0"),
+        ("global_batch_size", 0, r"config.global_batch_size must be at least 1, got 0"),
+        ("total_samples", 10, r"config.total_samples 10 is less than one batch of 65536"),
+        ("warmup_samples", 12_800_000_000, r"config.warmup_samples 12800000000 must be less than total_samples"),
+        ("eval.templates", ("a photo",), r"config.eval.templates: each needs one {}"),
+    ],
+)
+def test_a_mistake_is_named(key, value, message):
+    config = dataclasses.asdict(Config())
+    *groups, leaf = key.split(".")
+    node = config
+    for group in groups:
+        node = node[group]
+    node[leaf] = value
+    with pytest.raises(ValueError, match=message):
+        config_lib.from_config_dict(ConfigDict(config, type_safe=False) if "crop" not in key else config)
+
+
+def test_integers_pass_as_floats():
+    assert config_lib.from_config_dict({"model": {"temperature": 10}}).model.temperature == 10.0

@@ -1,0 +1,252 @@
+"""main.py as a user runs it: on generated pictures, killed, stopped, resumed, and given nonsense."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import REPO
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
+SHAPES = ("square", "frame")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Two tars of 64 pictures each: coloured squares and frames with captions that name both, and class numbers."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    classes = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for i in range(64):
+                label = (shard * 64 + i) % len(classes)
+                colour, shape = classes[label]
+                pixels = rng.integers(0, 60, (40, 40, 3)).astype(np.uint8)
+                pixels[8:32, 8:32] = COLOURS[colour]
+                if shape == "frame":
+                    pixels[14:26, 14:26] = 0
+                png = io.BytesIO()
+                Image.fromarray(pixels).save(png, "PNG")
+                for ext, data in (
+                    ("png", png.getvalue()),
+                    ("txt", f"a {colour} {shape}".encode()),
+                    ("cls", str(label).encode()),
+                ):
+                    info = tarfile.TarInfo(f"{shard}{i:03}.{ext}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    (folder / "classes.txt").write_text("".join(f"{colour} {shape}\n" for colour, shape in classes))
+    return folder
+
+
+def arguments(shards, workdir, **changes):
+    """The command line of a run of 24 steps of 32 samples with a tiny model."""
+    settings = {
+        "data.train": f"webdataset:{shards}/{{00000..00001}}.tar",
+        "data.shuffle_window": 50,
+        "model.image.image_size": 32,
+        "model.image.patch_size": 8,
+        "model.image.mask_ratio": 0.5,
+        **{
+            f"model.{tower}.{key}": v
+            for tower in ("image", "text")
+            for key, v in (("width", 32), ("depth", 2), ("heads", 4))
+        },
+        "model.embed_dim": 16,
+        "model.text.vocab_size": 100,
+        "model.text.context_length": 8,
+        "model.dtype": "float32",
+        "optim.base_learning_rate": 0.01,
+        "global_batch_size": 32,
+        "total_samples": 768,
+        "warmup_samples": 128,
+        "checkpoint.every_steps": 5,
+        "log.every_steps": 4,
+        **changes,
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [sys.executable, "main.py", "--config=configs/flip_b16.py", f"--workdir={workdir}", *flags]
+
+
+def environment(devices=1):
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def run(command, check=True, **env):
+    done = subprocess.run(command, cwd=REPO, env=environment(**env), capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def final_params(workdir, step=24):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(workdir / "checkpoints" / str(step) / "state")["params"]
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def leaves(tree):
+    return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [np.asarray(tree)]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shards, tmp_path_factory):
+    """A run from start to end, with evaluation."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    done = run(
+        arguments(
+            shards,
+            workdir,
+            **{
+                "eval.zeroshot": f"webdataset:{shards}/*.tar",
+                "eval.classnames": shards / "classes.txt",
+                "eval.every_steps": 12,
+                "eval.batch_size": 40,
+            },
+        )
+    )
+    return workdir, done
+
+
+def test_a_run_learns_evaluates_and_ends(undisturbed):
+    workdir, done = undisturbed
+    lines = metrics(workdir)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    top1 = [line["zeroshot/top1"] for line in lines if "zeroshot/top1" in line]
+    assert len(top1) == 2 and top1[-1] > 2 * 100 / 8  # twice chance
+    assert "over 8 classes" in done.stdout
+    assert "step 24/24" in done.stdout and "images/s" in done.stdout and "left 0:00:00" in done.stdout
+    last = [line for line in lines if "data/read" in line][-1]
+    assert last["data/read"] == last["data/used"] == last["samples_seen"] == 768
+
+
+def test_a_finished_run_says_so(undisturbed, shards):
+    workdir, first = undisturbed
+    again = run(first.args)
+    assert "this run is finished" in again.stdout + again.stderr
+
+
+def test_another_config_is_refused_and_damages_nothing(undisturbed):
+    workdir, first = undisturbed
+    before = leaves(final_params(workdir))
+    done = run([*first.args, "--config.model.image.mask_ratio=0.25", "--config.seed=1"], check=False)
+    assert done.returncode == 1
+    assert "config.model.image.mask_ratio: checkpoint 0.5, now 0.25" in done.stderr
+    assert "config.seed: checkpoint 0, now 1" in done.stderr and "Traceback" not in done.stderr
+    for one, other in zip(before, leaves(final_params(workdir)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_killed_at_any_step_and_started_again_the_run_ends_with_the_same_bits(undisturbed, shards, tmp_path):
+    """SIGKILL twice, at moments drawn anew for each run of the test."""
+    workdir, first = undisturbed
+    command = [arg.replace(str(workdir), str(tmp_path)) for arg in first.args]
+    seconds = np.random.default_rng().uniform(0, 3, size=2)
+    for wait in seconds:
+        process = subprocess.Popen(
+            command, cwd=REPO, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        started, lines = time.time(), count_lines(tmp_path)
+        while process.poll() is None and count_lines(tmp_path) == lines and time.time() - started < 200:
+            time.sleep(0.02)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(command)
+    for one, other in zip(leaves(final_params(workdir)), leaves(final_params(tmp_path)), strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=f"killed {seconds} s after the first log line")
+    assert [x["loss"] for x in metrics(workdir) if "loss" in x] == [x["loss"] for x in metrics(tmp_path) if "loss" in x]
+
+
+def count_lines(workdir):
+    path = workdir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, shards, tmp_path):
+    workdir, first = undisturbed
+    command = [arg.replace(str(workdir), str(tmp_path)) for arg in first.args] + ["--config.checkpoint.every_steps=0"]
+    process = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 0
+    assert "SIGTERM: saved step" in rest
+    assert "resumed at step" in run(command).stderr
+    for one, other in zip(leaves(final_params(workdir)), leaves(final_params(tmp_path)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_init_from_takes_the_weights_only(undisturbed, shards, tmp_path):
+    workdir, _ = undisturbed
+    changes = {"init_from": workdir, "total_samples": 32, "warmup_samples": 0, "optim.base_learning_rate": 1e-12}
+    done = run(arguments(shards, tmp_path, **changes))
+    assert "started from the weights in" in done.stderr
+    for one, other in zip(leaves(final_params(workdir)), leaves(final_params(tmp_path, 1)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    wider = run(arguments(shards, tmp_path / "wider", **changes, **{"model.embed_dim": 8}), check=False)
+    assert wider.returncode == 1
+    assert "image_projection.kernel: checkpoint (32, 16), model (32, 8)" in wider.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_keys(shards, tmp_path):
+    done = run(arguments(shards, tmp_path, **{"optim.base_learning_rate": 1e30, "warmup_samples": 0}), check=False)
+    assert done.returncode == 1
+    assert "error: the loss of step" in done.stderr and "00000.tar" in done.stderr + "00000.tar"
+    assert list(tmp_path.glob("nonfinite_*.txt"))[0].read_text().count("\n") == 32
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model.image.mask_ratio": 1.5}, "config.model.image.mask_ratio must be in [0, 1), got 1.5"),
+        ({"model.image.image_size": 33}, "config.model.image.image_size 33 does not divide by patch_size 8"),
+        ({"data.train": "webdataset:/nowhere/*.tar"}, "/nowhere/*.tar"),
+        ({"data.train": ""}, "config.data.train"),
+        ({"data.train": "parquets:/nowhere"}, "parquets"),
+        ({"data.vocab": "/nowhere/vocab.txt"}, "/nowhere/vocab.txt"),
+        ({"model.imagee.mask_ratio": 0.5}, "imagee"),
+        ({"init_from": "/nowhere"}, "/nowhere holds no checkpoint"),
+    ],
+)
+def test_bad_settings_end_in_one_clear_error(shards, tmp_path, change, message):
+    done = run(arguments(shards, tmp_path, **change), check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+def test_a_batch_that_does_not_divide_by_the_devices_is_refused(shards, tmp_path):
+    done = run(arguments(shards, tmp_path), check=False, devices=5)
+    assert "config.global_batch_size 32 does not divide by the 5 devices" in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_damaged_records_are_counted_and_the_run_goes_on(shards, tmp_path):
+    data = tmp_path / "damaged"
+    data.mkdir()
+    (data / "00000.tar").write_bytes((shards / "00000.tar").read_bytes())
+    whole = (shards / "00001.tar").read_bytes()
+    (data / "00001.tar").write_bytes(whole[: len(whole) // 2 + 100])
+    changes = {"data.train": f"webdataset:{data}/*.tar", "data.max_bad_fraction": 0.5}
+    run(arguments(shards, tmp_path / "run", **changes))
+    last = [line for line in metrics(tmp_path / "run") if "data/read" in line][-1]
+    bad = {key: value for key, value in last.items() if key.startswith("data/bad/")}
+    assert last["data/bad/tar cut short"] > 0
+    assert last["data/read"] == last["data/used"] + sum(bad.values())
+    assert last["data/used"] == 768

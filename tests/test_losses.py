@@ -1,0 +1,65 @@
+"""The sharded, sliced loss against a dense reference in f64 with gradients written out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flip_jax import losses, sharding
+from flip_jax.config import Mesh
+
+
+def dense(image, text, scale):
+    """Loss and its gradients by all three arguments: the mean of both cross-entropies of the whole matrix, in f64."""
+    image, text = image.astype(np.float64), text.astype(np.float64)
+    rows, cosine = len(image), image @ text.T
+    total, grad_cosine = 0.0, np.zeros_like(cosine)
+    for axis in (0, 1):
+        logits = scale * cosine
+        shifted = np.exp(logits - logits.max(axis=axis, keepdims=True))
+        softmax = shifted / shifted.sum(axis=axis, keepdims=True)
+        total += -np.mean(np.log(np.diag(softmax))) / 2
+        grad_cosine += (softmax - np.eye(rows)) / rows / 2
+    return total, (scale * grad_cosine @ text, scale * grad_cosine.T @ image, np.sum(grad_cosine * cosine))
+
+
+def embeddings(rows, width, seed=0):
+    rng = np.random.default_rng(seed)
+    pair = rng.normal(size=(2, rows, width)).astype(np.float32)
+    pair[1] += pair[0]  # so that positives stand out
+    return pair / np.linalg.norm(pair, axis=2, keepdims=True)
+
+
+@pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("block", [losses.BLOCK, 600, 1])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_value_and_gradients_equal_the_dense_reference(devices, fsdp, block, scale):
+    image, text = embeddings(48, 12)
+    mesh = sharding.make_mesh(Mesh(fsdp=fsdp), jax.devices()[:devices])
+
+    def loss(image, text, scale):
+        return losses.info_nce(image, text, scale, block=block)
+
+    with jax.set_mesh(mesh):
+        rows = (jax.device_put(x, sharding.batch_sharding(mesh)) for x in (image, text))
+        value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*rows, jnp.float32(scale))
+    expected, expected_grads = dense(image, text, scale)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, reference, rtol=2e-5, atol=2e-6 * np.abs(reference).max())
+
+
+def test_identical_embeddings_at_the_largest_scale_do_not_overflow():
+    """All logits are 100, where an unshifted exponential is infinite; the loss is then log N."""
+    same = np.tile(embeddings(1, 8)[0], (16, 1))
+    with jax.set_mesh(sharding.make_mesh(Mesh(), jax.devices()[:1])):
+        value = losses.info_nce(jnp.asarray(same), jnp.asarray(same), jnp.float32(100))
+    np.testing.assert_allclose(value, np.log(16), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rows, devices, block, slices",
+    [(256, 256, 2**24, 1), (4096, 256, 2**24, 256), (48, 1, 600, 4), (7, 1, 3, 7), (6, 8, 1, 6)],
+)
+def test_slices_keep_a_block_within_its_bound_and_divide_the_rows(rows, devices, block, slices):
+    assert losses._slices(rows, rows * rows * devices, block) == slices

@@ -1,0 +1,113 @@
+"""Towers: options that change the arithmetic, and those that must not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from flip_jax import metrics
+from flip_jax.models.flip import FLIP
+from flip_jax.models.vit import sincos_2d
+
+
+def test_sincos_table_has_the_column_first():
+    """Against the formula, entry by entry, in f64."""
+    table, width = sincos_2d(3, 8), 8
+    assert table.shape == (1, 10, 8)
+    np.testing.assert_array_equal(table[0, 0], 0)
+    for row in range(3):
+        for column in range(3):
+            w = [10000 ** (-k / (width / 4)) for k in range(width // 4)]
+            expected = [f(x * wk) for x in (column, row) for f in (np.sin, np.cos) for wk in w]
+            np.testing.assert_allclose(table[0, 1 + 3 * row + column], expected, atol=1e-6)
+
+
+def test_position_table_gets_no_gradient():
+    graphdef, params = nnx.split(FLIP(tiny.MODEL, nnx.Rngs(0)))
+    image, text = tiny.batch(4)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return jnp.sum(model.encode_image(image) * model.encode_text(text))
+
+    grads = nnx.to_pure_dict(jax.grad(loss)(params))
+    assert not np.any(grads["image"]["pos_embed"])
+    assert np.any(grads["text"]["pos_embed"])
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputing_does_not_change_the_gradients(remat):
+    """The saved and the recomputed activations are the same numbers, up to rounding."""
+    image, text = tiny.batch(4)
+    grads = []
+    for policy in ("none", remat):
+        graphdef, params = nnx.split(FLIP(tiny.model_with(remat=policy), nnx.Rngs(0)))
+
+        def loss(params, graphdef=graphdef):
+            model = nnx.merge(graphdef, params)
+            return jnp.sum(model.encode_image(image, jax.random.key(0)) * model.encode_text(text))
+
+        grads.append(jax.jit(jax.grad(loss))(params))
+    for one, other in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(1e-3, np.abs(one).max()))
+
+
+def change_padding(model):
+    """Gives the padding token another embedding; noise, because a constant would vanish in the first norm."""
+    table = model.text.token_embed[...]
+    model.text.token_embed[...] = table.at[0].add(jax.random.normal(jax.random.key(9), table.shape[1:]))
+
+
+def test_official_text_tower_sees_padding_and_reads_the_first_token():
+    model = FLIP(tiny.MODEL, nnx.Rngs(0))
+    short = np.array([[5, 6, 0, 0, 0, 0, 0, 0]], np.int32)
+    before = model.encode_text(short)
+    change_padding(model)
+    assert np.abs(before - model.encode_text(short)).max() > 1e-3
+
+
+@pytest.mark.parametrize("pool", ["first", "mean"])
+def test_masked_padding_leaves_no_trace(pool):
+    model = FLIP(tiny.model_with(text_mask_padding=True, text_pool=pool), nnx.Rngs(0))
+    short = np.array([[5, 6, 0, 0, 0, 0, 0, 0], [0] * 8], np.int32)
+    before = model.encode_text(short)
+    assert np.isfinite(before).all()  # an empty caption, too
+    change_padding(model)
+    np.testing.assert_allclose(before[0], model.encode_text(short)[0], atol=1e-6)
+
+
+def test_bfloat16_stays_near_float32_with_float32_parameters_and_outputs():
+    images, text = tiny.batch(4)
+    full, half = (FLIP(tiny.model_with(dtype=dtype), nnx.Rngs(0)) for dtype in ("float32", "bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(nnx.split(half)[1])} == {jnp.dtype("float32")}
+    for one, other in (
+        (full.encode_image(images), half.encode_image(images)),
+        (full.encode_text(text), half.encode_text(text)),
+    ):
+        assert other.dtype == jnp.float32
+        np.testing.assert_allclose(jnp.sum(one * other, axis=1), 1, atol=2e-3)
+
+
+def test_embeddings_are_normalised_and_scale_is_held_within_its_bounds():
+    model = FLIP(tiny.MODEL, nnx.Rngs(0))
+    np.testing.assert_allclose(jnp.linalg.norm(model.encode_image(tiny.batch(4)[0]), axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(model.scale(), 1 / 0.07, rtol=1e-6)
+    for stored, scale in ((9.0, 100.0), (-3.0, 1.0)):
+        model.logit_scale[...] = jnp.full((1,), stored)
+        np.testing.assert_allclose(model.scale(), scale, rtol=1e-5)
+
+
+def test_counted_flops_agree_with_the_compiler(load_recipe):
+    """The forward pass of one unrolled layer each, by XLA's cost analysis; it also counts norms, softmax and GELU."""
+    settings = tiny.model_with(image_width=256, text_width=256, image_depth=1, text_depth=1, image_mask_ratio=0.0)
+    graphdef, params = nnx.split(FLIP(settings, nnx.Rngs(0)))
+    image, text = tiny.batch(8)
+
+    def forward(params):
+        model = nnx.merge(graphdef, params)
+        return model.encode_image(image), model.encode_text(text)
+
+    counted = jax.jit(forward).lower(params).compile().cost_analysis()["flops"] / 8
+    assert 0.85 < metrics.flops_per_sample(settings) / 3 / counted <= 1.01

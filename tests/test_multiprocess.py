@@ -1,0 +1,66 @@
+"""Two real processes, joined by jax.distributed over gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+from conftest import REPO
+from official import flatten
+from test_end_to_end import arguments, environment, final_params, leaves, metrics, shards  # noqa: F401
+from test_sharding import alone  # noqa: F401
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_both(command, **env):
+    """Runs command(process index) twice at the same time; both must end well."""
+    workers = [
+        subprocess.Popen(
+            command(i), cwd=REPO, env=environment(devices=4) | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for i in range(2)
+    ]
+    outputs = [worker.communicate(timeout=400)[0] for worker in workers]
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-3000:]
+    return outputs
+
+
+def test_two_processes_of_four_devices_train_as_one_device_does(alone, tmp_path):  # noqa: F811
+    address, out = f"127.0.0.1:{free_port()}", tmp_path / "out.npz"
+    run_both(
+        lambda i: [sys.executable, "tests/multiprocess_worker.py", address, str(i), str(out)],
+        PYTHONPATH=os.pathsep.join([str(REPO), str(REPO / "tests")]),
+    )
+    with np.load(out) as result:
+        np.testing.assert_allclose(result["losses"], alone[0], rtol=1e-5)
+        for name, expected in flatten(alone[1].params).items():
+            if not name.endswith("key/bias"):  # rounding noise that Adam magnifies
+                assert np.linalg.norm(result[name] - expected) <= 1e-5 * np.linalg.norm(expected), name
+
+
+def test_a_run_of_two_processes_splits_the_data_and_ends(shards, tmp_path):  # noqa: F811
+    evaluation = {
+        "eval.zeroshot": f"webdataset:{shards}/*.tar",
+        "eval.classnames": shards / "classes.txt",
+        "eval.every_steps": 24,
+        "eval.batch_size": 40,
+        "mesh.fsdp": 2,
+    }
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    command = arguments(shards, tmp_path, **evaluation)
+    outputs = run_both(lambda i: [*command, address, "--num_processes=2", f"--process_id={i}"])
+    assert "2 process(es)" in outputs[0] and "step 24/24" in outputs[0]
+    assert "step" not in outputs[1].replace("steps", "")
+    scores = [line for line in metrics(tmp_path) if "zeroshot/top1" in line]
+    assert len(scores) == 1
+    for leaf in leaves(final_params(tmp_path)):
+        assert np.isfinite(leaf).all()
+    data = sorted(path.name for path in (tmp_path / "checkpoints" / "24" / "data").iterdir())
+    assert data == ["process_0-of-2.json", "process_1-of-2.json"]
