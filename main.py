@@ -42,10 +42,12 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Flags as absl reads them; a setting that the recipe does not have, or a value of another type, is one clear error."""
+    """Flags as absl reads them; a recipe or a setting that does not exist is one clear error."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.lock()  # a recipe that could not be read says so at its first use
+        return rest
+    except (KeyError, AttributeError, OSError) as error:
         sys.exit(f"error: --config: {' '.join(str(error.args[0]).split())}; flip_jax/config.py has all settings")
 
 

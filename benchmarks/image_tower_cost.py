@@ -39,7 +39,8 @@ def main(recipe: str = "flip_l16") -> None:
     for ratio in (0.0, 0.5, 0.75):
         flops = tower_flops(dataclasses.replace(model, image=dataclasses.replace(model.image, mask_ratio=ratio)))
         whole = whole or flops
-        print(json.dumps({"recipe": recipe, "mask_ratio": ratio, "flops": flops / BATCH, "share": round(flops / whole, 4)}))
+        row = {"recipe": recipe, "mask_ratio": ratio, "flops": flops / BATCH, "share": round(flops / whole, 4)}
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     """Applies "key=value,key=value"; values are JSON, or else plain strings.
 
     Raises:
-      ValueError: a part without "=", or a key that is no setting.
+      ValueError: a part without "=".
+      KeyError: a key that is no setting.
     """
     for part in filter(None, (arg or "").split(",")):
         key, equals, text = part.partition("=")
@@ -67,6 +68,6 @@ def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         for group in groups:
             node = node.get(group) if isinstance(node, ConfigDict) else None
         if not isinstance(node, ConfigDict) or leaf not in node:
-            raise ValueError(f"--config=...:{arg}: config.{key} is unknown")
+            raise KeyError(f"config.{key}, in {arg!r}, is unknown")
         node[leaf] = float(value) if isinstance(node[leaf], float) and isinstance(value, int) else value
     return config

@@ -1,4 +1,4 @@
-"""A small FLIP on the embedded emoji: minutes on two CPU cores, trained on some vendors' drawings, tested on another's."""
+"""A small FLIP on the embedded emoji: minutes on two CPU cores; the test pictures are another vendor's drawings."""
 
 from configs import common
 

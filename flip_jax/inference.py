@@ -1,6 +1,5 @@
 """A trained model as people use it: pictures and strings in, embeddings out."""
 
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -62,13 +61,8 @@ def load(path: str | pathlib.Path) -> Encoder:
     step = checkpoint.newest(str(path))
     config = config_lib.from_flat(checkpoint.read_json(step, "config"))
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
-    abstract = nnx.eval_shape(functools.partial(FLIP, config.model, nnx.Rngs(0)))
-    graphdef, params = nnx.split(abstract)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nnx.to_pure_dict(params),
-        sharding.param_shardings(params, mesh),
-    )
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: FLIP(config.model, nnx.Rngs(0))))
+    params = checkpoint.read_params(step, sharding.place(abstract, mesh))
+    tokenizer = Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
     with jax.set_mesh(mesh):
-        tokenizer = Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
-        return Encoder(graphdef, checkpoint.read_params(step, shapes), tokenizer, config)
+        return Encoder(graphdef, params, tokenizer, config)

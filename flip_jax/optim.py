@@ -38,7 +38,7 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: not to biases, norms and position tables; cls and logit_scale decay (official)."""
+    """True where weight decay applies: not biases, norms and position tables; cls and logit_scale decay (official)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 

@@ -57,15 +57,14 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P
     return PartitionSpec(*axes)
 
 
-def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
-    """The sharding of each parameter, as a plain dict shaped like `nnx.to_pure_dict(params)`."""
+def place(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
+    """Shape, type and sharding of each abstract parameter, by its logical axes; a plain nested dict."""
 
-    def sharding(param):
-        names = param.get_metadata().get("axes") or (None,) * len(param.shape)
-        return NamedSharding(mesh, spec(names, param.shape, mesh))
+    def placed(param):
+        axes = spec(param.get_metadata()["axes"], param.shape, mesh)
+        return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=NamedSharding(mesh, axes))
 
-    shardings = jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return nnx.to_pure_dict(shardings)
+    return nnx.to_pure_dict(jax.tree.map(placed, params, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

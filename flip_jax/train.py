@@ -82,7 +82,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         return TrainState(state.step + 1, params, opt_state), report
 
     whole = NamedSharding(mesh, PartitionSpec())
-    param_shardings = sharding.param_shardings(abstract_params, mesh)
+    param_shardings = jax.tree.map(lambda x: x.sharding, sharding.place(abstract_params, mesh))
     abstract = jax.eval_shape(init)
     shardings = TrainState(
         whole,
@@ -144,8 +144,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
+            image, text = to_devices(mesh, batch["image"], batch["text"])
             with jax.transfer_guard("disallow"):
-                state, report = program.step(state, *to_devices(mesh, batch["image"], batch["text"]))
+                state, report = program.step(state, image, text)
             window.append((step, batch["keys"], report))
             # Bounds the batches that wait on the devices; the one waited for is done long before they run dry.
             jax.block_until_ready(window[-1 - IN_FLIGHT :][0][2])
@@ -227,8 +228,8 @@ def summarise(window: list[tuple[int, list[str], dict[str, jax.Array]]], workdir
             path = workdir / f"nonfinite_{step}.txt"
             path.write_text("\n".join(keys) + "\n")
             raise FloatingPointError(
-                f"the loss of step {step} is {report['loss']}; nothing was saved since. Its samples: {keys[:4]} ... (all "
-                f"in {path}). Look at them, lower config.optim.base_learning_rate or lengthen config.warmup_samples."
+                f"the loss of step {step} is {report['loss']}; nothing was saved since. Its samples: {keys[:4]} ... "
+                f"(all in {path}). Look at them, lower config.optim.base_learning_rate or raise config.warmup_samples."
             )
     scalars = {name: float(value) for name, value in reports[-1].items()}
     return scalars | {"loss": float(np.mean([report["loss"] for report in reports]))}

@@ -10,10 +10,11 @@ import tarfile
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from conftest import REPO
 from PIL import Image
+
+import flip_jax
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
 SHAPES = ("square", "frame")
@@ -88,8 +89,7 @@ def run(command, check=True, **env):
 
 
 def final_params(workdir, step=24):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(workdir / "checkpoints" / str(step) / "state")["params"]
+    return flip_jax.load(workdir / "checkpoints" / str(step)).params
 
 
 def metrics(workdir):

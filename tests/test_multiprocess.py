@@ -1,6 +1,7 @@
 """Two real processes, joined by jax.distributed over gloo."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,17 +19,24 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_both(command, **env):
-    """Runs command(process index) twice at the same time; both must end well."""
+def run_both(command, terminate_at=None, **env):
+    """Runs command(process index) twice at the same time; both must end well. After a line of the first that starts with
+    `terminate_at`, both get SIGTERM."""
+    pipe, text = subprocess.PIPE, {"cwd": REPO, "text": True}
     workers = [
-        subprocess.Popen(
-            command(i), cwd=REPO, env=environment(devices=4) | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        subprocess.Popen(command(i), env=environment(devices=4) | env, stdout=pipe, stderr=subprocess.STDOUT, **text)
         for i in range(2)
     ]
+    seen = ""
+    for line in workers[0].stdout if terminate_at else ():
+        seen += line
+        if line.startswith(terminate_at):
+            for worker in workers:
+                worker.send_signal(signal.SIGTERM)
+            break
     outputs = [worker.communicate(timeout=400)[0] for worker in workers]
     for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-3000:]
+        assert worker.returncode == 0, (seen + output)[-3000:]
     return outputs
 
 
@@ -45,7 +53,7 @@ def test_two_processes_of_four_devices_train_as_one_device_does(alone, tmp_path)
                 assert np.linalg.norm(result[name] - expected) <= 1e-5 * np.linalg.norm(expected), name
 
 
-def test_a_run_of_two_processes_splits_the_data_and_ends(shards, tmp_path):  # noqa: F811
+def test_a_run_of_two_processes_stops_on_sigterm_resumes_and_ends(shards, tmp_path):  # noqa: F811
     evaluation = {
         "eval.zeroshot": f"webdataset:{shards}/*.tar",
         "eval.classnames": shards / "classes.txt",
@@ -55,12 +63,18 @@ def test_a_run_of_two_processes_splits_the_data_and_ends(shards, tmp_path):  # n
     }
     address = f"--coordinator=127.0.0.1:{free_port()}"
     command = arguments(shards, tmp_path, **evaluation)
-    outputs = run_both(lambda i: [*command, address, "--num_processes=2", f"--process_id={i}"])
+
+    def one_of_two(i):
+        return [*command, address, "--num_processes=2", f"--process_id={i}"]
+
+    assert "SIGTERM: saved step" in run_both(one_of_two, terminate_at="step 4/")[0]
+    outputs = run_both(one_of_two)
+    assert "resumed at step" in outputs[0] and "resumed at step" in outputs[1]
     assert "2 process(es)" in outputs[0] and "step 24/24" in outputs[0]
-    assert "step" not in outputs[1].replace("steps", "")
+    assert "step 24/24" not in outputs[1]
     scores = [line for line in metrics(tmp_path) if "zeroshot/top1" in line]
     assert len(scores) == 1
     for leaf in leaves(final_params(tmp_path)):
         assert np.isfinite(leaf).all()
-    data = sorted(path.name for path in (tmp_path / "checkpoints" / "24" / "data").iterdir())
+    data = sorted(path.name for path in (tmp_path / "checkpoints" / "24" / "data").glob("*.json"))
     assert data == ["process_0-of-2.json", "process_1-of-2.json"]

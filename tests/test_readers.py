@@ -174,14 +174,17 @@ def test_a_tar_cut_anywhere_gives_the_samples_before_and_one_count(tmp_path):
     whole, content = records(path), open(path, "rb").read()
     with tarfile.open(path) as tar:
         ends = [m.offset_data + m.size for m in tar if m.name.endswith("cls")]
+        others = [m.offset_data + m.size for m in tar if not m.name.endswith("cls")]
         end_of_archive = tar.offset - 512
     assert len(whole) == 5 and not any("bad" in record for record in whole)
     for cut in [*range(0, end_of_archive, 97), *ends, *(end - 1 for end in ends), end_of_archive, end_of_archive + 511]:
         (tmp_path / "0.tar").write_bytes(content[:cut])
         *before, last = records(path)
         assert last == {"key": "0.tar", "epoch": 0, "bad": "tar cut short"}, cut
-        complete = sum(end <= cut for end in ends)
-        assert before[:complete] == whole[:complete] and len(before) <= complete + 1, cut
+        # A sample is whole when the next header is, or when the file ends right behind it.
+        complete = sum(end <= cut <= -(-end // 512) * 512 or cut >= -(-end // 512) * 512 + 512 for end in ends)
+        assert before[:complete] == whole[:complete], cut
+        assert len(before) <= complete + any(end <= cut <= -(-end // 512) * 512 for end in others), cut
 
 
 def test_what_is_no_tar_is_counted_too(tmp_path):
@@ -201,6 +204,16 @@ def test_what_is_no_tar_is_counted_too(tmp_path):
         "gone": ["unreadable shard"],
         "empty": ["empty shard"],
     }
+
+
+def test_a_size_below_zero_is_damage(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples(2))
+    content = bytearray(open(path, "rb").read())
+    content[124:136] = b"-0000000001\0"
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    open(path, "wb").write(content)
+    assert [record["bad"] for record in records(path)] == ["unreadable shard"]
 
 
 def test_damaged_bytes_never_raise(tmp_path):
@@ -340,11 +353,11 @@ def test_tfds_epochs_hold_every_record_once_and_go_on_from_every_place(toys):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("tfds:nonesuch/train", "nonesuch.*Run `tfds build nonesuch --file_format=array_record --data_dir=.*` first"),
+        ("tfds:nonesuch/train", "nonesuch.*Prepare it: `tfds build nonesuch --file_format=array_record --data_dir=.*`"),
         ("tfds:toy_pairs/test", "Unknown split"),
-        ("tfds:toy_pairs", "config.data.train 'tfds:toy_pairs'"),
+        ("tfds:toy_pairs", "config.data.train 'tfds:toy_pairs': expected tfds:NAME/SPLIT"),
         ("tfds:toy_numbers/train", "needs an image, and captions"),
-        ("tfds:emoji/train", "Run `python -m flip_jax.data.emoji --data_dir="),
+        ("tfds:emoji/train", "Prepare it: `python -m flip_jax.data.emoji --data_dir="),
     ],
 )
 def test_tfds_sets_that_cannot_be_read_are_refused_with_a_remedy(toys, source, message):

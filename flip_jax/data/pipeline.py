@@ -159,7 +159,7 @@ class _BatchIterator(grain.DatasetIterator):
         return {"image": np.stack(images), "text": np.stack(tokens), "keys": list(keys), "counts": counts}
 
     def _count_bad(self, key, kind):
-        read, used, kinds = self._counts.values()
+        read, used, kinds = (self._counts[name] for name in ("read", "used", "bad"))
         kinds[kind] = kinds.get(kind, 0) + 1
         self._examples[kind] = key
         self._bad_in_a_row += 1
@@ -197,7 +197,7 @@ class _BatchIterator(grain.DatasetIterator):
                 position += len(records[:SLICE])
                 del records[:SLICE]
                 # The next window fills while this one is used up: no wait between them, nor the memory of both.
-                if len(coming) < self._source.window:
+                while len(coming) < min(position, self._source.window):
                     places, chunk = next(chunks)
                     coming += chunk
             window, position = window + 1, 0

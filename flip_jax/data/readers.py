@@ -93,6 +93,8 @@ class Tfds:
         from tensorflow_datasets.proto import tf_example_pb2
 
         name, _, split = rest.rpartition("/")
+        if not name:
+            raise ValueError("expected tfds:NAME/SPLIT")
         command = f"tfds build {name} --file_format=array_record"
         if re.split("[/:]", name)[0] == "emoji":
             import flip_jax.data.emoji  # noqa: F401  registers the set
@@ -107,7 +109,8 @@ class Tfds:
         except (ValueError, NotImplementedError, AssertionError, OSError, LookupError) as error:
             folder, reason = data.tfds_dir or tfds.core.constants.DATA_DIR, str(error).partition("\n")[0]
             raise ValueError(
-                f"not ready in {folder} (config.data.tfds_dir): {reason} Run `{command} --data_dir={folder}` first"
+                f"cannot be read from {folder} (config.data.tfds_dir): {reason} "
+                f"Prepare it: `{command} --data_dir={folder}`"
             ) from error
         features = builder.info.features
         label = features["label"] if "label" in features else None
@@ -235,7 +238,8 @@ def _members(file, offset):
             if size < 0 or len(block) < 512 or _octal(block[148:156]) != checksum:
                 raise ValueError
         except ValueError:
-            yield "", "", True, 0, offset  # so that the sample before is whole
+            if not block:  # only the end mark is missing: the sample before is whole
+                yield "", "", True, 0, offset
             raise EOFError if offset or len(block) < 512 else OSError("not a tar file") from None
         offset += 512 if kind in b"123456" else 512 + (size + 511) // 512 * 512
         if kind in b"xL":  # what does not fit in the header of the next member
