@@ -66,8 +66,12 @@ class Checkpoints:
                 "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)."
             )
 
+    def wait(self):
+        """Returns when all that was started is saved."""
+        self._manager.wait_until_finished()
+
     def close(self):
-        """Waits until all that was started is saved."""
+        """Waits, and ends the threads."""
         self._manager.close()
 
 

@@ -78,7 +78,7 @@ class Data:
     train: str = ""
     tfds_dir: str = ""
     vocab: str = ""
-    shuffle_window: int = 10_000  # encoded records held in memory
+    shuffle_window: int = 10_000  # records of a window, held encoded
     interleave: int = 8  # shards read at once
     threads: int = 0  # decoding threads; 0: one per core
     crop_area: tuple[float, float] = (0.5, 1.0)
@@ -147,7 +147,16 @@ class Config:
 
 
 # Settings that may differ between the run that wrote a checkpoint and the one that resumes it.
-RESUMABLE_CHANGES = ("mesh.", "eval.", "checkpoint.", "log.", "data.threads", "data.max_bad_fraction", "init_from")
+RESUMABLE_CHANGES = (
+    "mesh.",
+    "eval.",
+    "checkpoint.",
+    "log.",
+    "data.tfds_dir",
+    "data.threads",
+    "data.max_bad_fraction",
+    "init_from",
+)
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:

@@ -1,5 +1,6 @@
 """The pure train step and the loop around it."""
 
+import contextlib
 import logging
 import pathlib
 import signal
@@ -109,8 +110,23 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
     """
     workdir = pathlib.Path(workdir)
     mesh = sharding.make_mesh(config.mesh)
-    check_batch(config, mesh)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    check_batches(config, mesh)
+    evaluators.check(config)
+    with (
+        contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints,
+        jax.set_mesh(mesh),
+        _Termination() as termination,
+    ):
+        _run(config, workdir, mesh, checkpoints, termination)
+
+
+def _run(
+    config: Config,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    checkpoints: checkpoint.Checkpoints,
+    termination: "_Termination",
+) -> None:
     start = checkpoints.latest() or 0
     if start:
         checkpoints.check_config(config)
@@ -121,71 +137,73 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
     batches = iter(
         pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     )
-    with jax.set_mesh(mesh), _Termination() as termination:
-        program = make_program(config, mesh)
-        encoder = Encoder(program.graphdef, None, tokenizer, config)
-        evaluators.check(config)
-        # Order of initialisation: resume, else init_from, else fresh.
-        if start:
-            state = checkpoints.restore(program.state, batches)
-            _log.info("resumed at step %d (%d samples)", start, start * config.global_batch_size)
-        else:
-            state = program.init()
-            if config.init_from:
-                step = checkpoint.newest(config.init_from)
-                state = state._replace(params=checkpoint.read_params(step, program.state.params))
-                _log.info("started from the weights in %s", step)
-        _log_start(config, mesh, program)
-        writer = metrics.Writer(workdir, start)
-        progress = metrics.Progress(config.model, config.global_batch_size, start, config.total_steps)
-        window: list[tuple[int, list[str], dict[str, jax.Array]]] = []  # steps since the last log point
-        waited = 0.0
-        for step in range(start + 1, config.total_steps + 1):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            image, text = to_devices(mesh, batch["image"], batch["text"])
-            with jax.transfer_guard("disallow"):
-                state, report = program.step(state, image, text)
-            window.append((step, batch["keys"], report))
-            # Bounds the batches that wait on the devices; the one waited for is done long before they run dry.
-            jax.block_until_ready(window[-1 - IN_FLIGHT :][0][2])
-            stop, last = termination.reached(step), step == config.total_steps
-            save = stop or last or _due(step, config.checkpoint.every_steps)
-            evaluate = config.eval.every_steps and (last or _due(step, config.eval.every_steps))
-            if save or evaluate or _due(step, config.log.every_steps):
-                scalars = summarise(window, workdir)
-                scalars |= {"samples_seen": step * config.global_batch_size, **progress.report(step)}
-                scalars["input_wait_seconds"], waited = waited, 0.0
-                scalars |= _count_scalars(batch["counts"])
-                window.clear()
-                writer.write(step, scalars)
-                _say(metrics.progress_line(step, config.total_steps, scalars))
-            before = time.perf_counter()
-            if evaluate:
-                encoder.params = state.params
-                results = dict(evaluators.run(encoder, config))
-                writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
-            if save:
-                checkpoints.save(step, state, batches, tokenizer, config)
-            progress.exclude(time.perf_counter() - before)
-            if stop:
-                break
-        checkpoints.close()
-        writer.close()
-        if stop and not last:
-            _say(f"SIGTERM: saved step {step} of {config.total_steps} in {workdir}; run the same command to go on")
+    program = make_program(config, mesh)
+    encoder = Encoder(program.graphdef, None, tokenizer, config)
+    # Order of initialisation: resume, else init_from, else fresh.
+    if start:
+        state = checkpoints.restore(program.state, batches)
+        _log.info("resumed at step %d (%d samples)", start, start * config.global_batch_size)
+    else:
+        state = program.init()
+        if config.init_from:
+            step = checkpoint.newest(config.init_from)
+            state = state._replace(params=checkpoint.read_params(step, program.state.params))
+            _log.info("started from the weights in %s", step)
+    _log_start(config, mesh, program)
+    writer = metrics.Writer(workdir, start)
+    progress = metrics.Progress(config.model, config.global_batch_size, start, config.total_steps)
+    window: list[tuple[int, list[str], dict[str, jax.Array]]] = []  # steps since the last log point
+    waited = 0.0
+    for step in range(start + 1, config.total_steps + 1):
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        image, text = to_devices(mesh, batch["image"], batch["text"])
+        with jax.transfer_guard("disallow"):
+            state, report = program.step(state, image, text)
+        window.append((step, batch["keys"], report))
+        # Bounds the batches that wait on the devices; the one waited for is done long before they run dry.
+        if len(window) > IN_FLIGHT:
+            jax.block_until_ready(window[-1 - IN_FLIGHT][2])
+        stop, last = termination.reached(step), step == config.total_steps
+        save = stop or last or _due(step, config.checkpoint.every_steps)
+        evaluate = config.eval.every_steps and (last or _due(step, config.eval.every_steps))
+        if save or evaluate or _due(step, config.log.every_steps):
+            scalars = summarise(window, workdir)
+            scalars |= {"samples_seen": step * config.global_batch_size, **progress.report(step)}
+            scalars["input_wait_seconds"], waited = waited, 0.0
+            scalars |= _count_scalars(batch["counts"])
+            window.clear()
+            writer.write(step, scalars)
+            _say(metrics.progress_line(step, config.total_steps, scalars))
+        before = time.perf_counter()
+        if evaluate:
+            encoder.params = state.params
+            results = dict(evaluators.run(encoder, config))
+            writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
+        if save:
+            checkpoints.save(step, state, batches, tokenizer, config)
+        progress.exclude(time.perf_counter() - before)
+        if stop:
+            break
+    writer.close()
+    if stop and not last:
+        checkpoints.wait()
+        _say(f"SIGTERM: saved step {step} of {config.total_steps} in {workdir}; run the same command to go on")
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError where the global batch cannot be split evenly over the mesh."""
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError where the training or evaluation batch cannot be split evenly over the mesh."""
     shards = sharding.batch_shards(mesh)
-    if config.global_batch_size % shards:
-        nearest = max(1, round(config.global_batch_size / shards)) * shards
-        raise ValueError(
-            f"config.global_batch_size {config.global_batch_size} does not divide by the {shards} devices that the "
-            f"batch is split over (mesh data x fsdp); the nearest that does is {nearest}"
-        )
+    sizes = {"global_batch_size": config.global_batch_size}
+    if config.eval.every_steps:
+        sizes["eval.batch_size"] = config.eval.batch_size
+    for key, size in sizes.items():
+        if size % shards:
+            raise ValueError(
+                f"config.{key} {size} does not divide by the {shards} devices that the batch is split over "
+                f"(mesh data x fsdp); the nearest that does is {max(1, round(size / shards)) * shards}"
+            )
 
 
 def make_tokenizer(config: Config, checkpoints: checkpoint.Checkpoints) -> Tokenizer:

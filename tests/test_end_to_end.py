@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 
 import numpy as np
@@ -78,8 +79,17 @@ def arguments(shards, workdir, **changes):
     return [sys.executable, "main.py", "--config=configs/flip_b16.py", f"--workdir={workdir}", *flags]
 
 
+# The runs of these tests share few programs: what one compiles, the others load.
+CACHE = tempfile.TemporaryDirectory(prefix="flip_jax-compiled-")
+
+
 def environment(devices=1):
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
 
 
 def run(command, check=True, **env):

@@ -20,8 +20,8 @@ def free_port():
 
 
 def run_both(command, terminate_at=None, **env):
-    """Runs command(process index) twice at the same time; both must end well. After a line of the first that starts with
-    `terminate_at`, both get SIGTERM."""
+    """Runs command(process index) twice at the same time; both must end well. After a line of the first that starts
+    with `terminate_at`, both get SIGTERM."""
     pipe, text = subprocess.PIPE, {"cwd": REPO, "text": True}
     workers = [
         subprocess.Popen(command(i), env=environment(devices=4) | env, stdout=pipe, stderr=subprocess.STDOUT, **text)

@@ -66,8 +66,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does():
-    with pytest.raises(ValueError, match=r"config.global_batch_size 20 .* 8 devices .* nearest that does is 16|24"):
-        train.check_batch(dataclasses.replace(tiny.CONFIG, global_batch_size=20), sharding.make_mesh(Mesh()))
+    with pytest.raises(ValueError, match=r"config.global_batch_size 20 .* 8 devices .* nearest that does is 16"):
+        train.check_batches(dataclasses.replace(tiny.CONFIG, global_batch_size=20), sharding.make_mesh(Mesh()))
 
 
 def test_golden_first_steps(alone):
