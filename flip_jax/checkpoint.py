@@ -72,6 +72,8 @@ class Checkpoints:
 
     def close(self):
         """Waits, and ends the threads."""
+        # Orbax 0.12's own close leaves the thread that removes interrupted saves, which then fails as Python exits.
+        self._manager._maybe_await_cleanup_tmp_directory()
         self._manager.close()
 
 
