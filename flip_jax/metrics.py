@@ -59,12 +59,8 @@ class Writer:
         if jax.process_index():
             return
         path = workdir / "metrics.jsonl"
-        kept = (
-            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            if path.exists()
-            else []
-        )
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
         self._file = path.open("a", buffering=1)
         try:
             from clu import metric_writers  # imports TensorFlow, which training does without
@@ -86,6 +82,13 @@ class Writer:
             self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut short by a kill
+        return float("inf")
 
 
 class Progress:

@@ -12,6 +12,7 @@ import numpy as np
 from absl import app, flags
 
 from flip_jax.data import pipeline
+from flip_jax.evaluators import zeroshot
 from flip_jax.inference import Encoder, load
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
@@ -19,9 +20,8 @@ _QUERIES = flags.DEFINE_list("queries", None, "Texts to look pictures up by (def
 SHOWN = 8  # pictures for each query
 
 
-def curve(workdir: pathlib.Path, names: dict[str, str], ylabel: str, path: pathlib.Path) -> None:
-    """Draws the metrics {name: label} of WORKDIR/metrics.jsonl over samples seen, as far as there are any."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def curve(lines: list[dict[str, float]], names: dict[str, str], ylabel: str, path: pathlib.Path) -> None:
+    """Draws the metrics {name: label} over samples seen, as far as there are any."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label in names.items():
         points = [(line["samples_seen"], line[name]) for line in lines if name in line]
@@ -58,16 +58,20 @@ def main(_) -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    curve(workdir, {"loss": "training loss"}, "InfoNCE", folder / "loss.png")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    curve(lines, {"loss": "training loss"}, "InfoNCE", folder / "loss.png")
     curve(
-        workdir, {"zeroshot/top1": "top-1", "zeroshot/top5": "top-5"}, "zero-shot accuracy (%)", folder / "zeroshot.png"
+        lines, {"zeroshot/top1": "top-1", "zeroshot/top5": "top-5"}, "zero-shot accuracy (%)", folder / "zeroshot.png"
     )
     encoder = load(workdir)
-    if encoder.config.eval.zeroshot:
-        names = pipeline.class_names(encoder.config.eval.zeroshot, encoder.config)
+    source, names = encoder.config.eval.zeroshot, []
+    if source:
+        names = pipeline.class_names(source, encoder.config)
         queries = _QUERIES.value or [names[i] for i in np.linspace(0, len(names) - 1, 8).astype(int)]
         retrieval(encoder, queries, folder / "retrieval.png")
     print(f"report: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    if scores := [line for line in lines if "zeroshot/top1" in line]:
+        print(zeroshot.summary(scores[-1]["zeroshot/top1"], scores[-1]["zeroshot/top5"], len(names)))
 
 
 if __name__ == "__main__":

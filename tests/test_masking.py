@@ -1,5 +1,7 @@
 """Masks: how many patches, which ones, and that the tower sees exactly those."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from benchmarks import image_tower_cost
 from flip_jax import masking, sharding
 from flip_jax.config import Mesh
 from flip_jax.models.flip import FLIP
@@ -46,6 +49,17 @@ def test_masked_tower_equals_the_unmasked_tower_on_the_same_patches():
         small.image.pos_embed[...] = jnp.concatenate([table[:1], table[1:][keep[row]]])[None]
         alone = small.embed_patches(patches[row, keep[row]][None], None)
         np.testing.assert_allclose(masked[row], alone[0], atol=1e-6)
+
+
+def test_masking_saves_its_share_of_the_compute_by_the_compilers_count(load_recipe):
+    """L/16 with one layer, which costs what each of its layers does; the paper's table 1a: 0.52 and 0.28 with text."""
+    model = load_recipe("flip_l16").model
+    costs = []
+    for ratio in (0.0, 0.5, 0.75):
+        image = dataclasses.replace(model.image, depth=1, mask_ratio=ratio)
+        costs.append(image_tower_cost.tower_flops(dataclasses.replace(model, image=image)))
+    assert costs[1] / costs[0] <= 0.53
+    assert costs[2] / costs[0] <= 0.29
 
 
 def test_order_of_the_kept_patches_does_not_matter():

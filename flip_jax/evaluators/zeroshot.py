@@ -27,6 +27,11 @@ def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence
     return means / (np.linalg.norm(means, axis=1, keepdims=True) + 1e-8)
 
 
+def summary(top1: float, top5: float, classes: int) -> str:
+    """The result as one line for people and scripts."""
+    return f"zero-shot top-1 {top1:.2f} % top-5 {top5:.2f} % over {classes} classes"
+
+
 @jax.jit
 def _hits(image_BxE, label_B, real_B, class_CxE):
     """How many real rows have their class first, and among the first five."""
@@ -49,6 +54,6 @@ def run(encoder: Encoder, source: str, config: Config) -> Iterator[tuple[str, fl
         counts += jax.device_get(_hits(encoder.encode_image(batch["image"]), label, real, classes))
     top1, top5 = (100 * hits / counts[2] for hits in counts[:2])
     if jax.process_index() == 0:
-        print(f"zero-shot top-1 {top1:.2f} % top-5 {top5:.2f} % over {len(names):,} classes", flush=True)
+        print(summary(top1, top5, len(names)), flush=True)
     yield "zeroshot/top1", top1
     yield "zeroshot/top5", top5
