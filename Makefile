@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO ?= demo
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test lint clean
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv
@@ -15,13 +15,10 @@ demo: .venv/installed
 	$(BIN)/python -m flip_jax.data.emoji --data_dir=$(DEMO)/data
 	$(BIN)/python main.py --config=configs/flip_emoji.py --workdir=$(DEMO)/run --config.data.tfds_dir=$(DEMO)/data
 	$(BIN)/python -m flip_jax.report --workdir=$(DEMO)/run \
-		--queries="red heart,dog face,pizza,flag: Japan,rocket,guitar,crying face,soccer ball"
+		--queries="red heart,dog face,pizza,flag of Japan,rocket,guitar,crying face,soccer ball"
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest
-
-test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .
