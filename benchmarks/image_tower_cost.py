@@ -1,6 +1,6 @@
 """What masking saves: FLOPs of the compiled image tower at mask 0, 0.5 and 0.75, by XLA's own cost analysis.
 
-usage: python benchmarks/image_tower_cost.py [flip_l16]
+usage: python -m benchmarks.image_tower_cost [flip_l16]
 
 One JSON line for each mask ratio: FLOPs of a forward pass and the share of mask 0. Nothing is run, only compiled.
 """
