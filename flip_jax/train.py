@@ -162,8 +162,11 @@ def _run(
         with jax.transfer_guard("disallow"):
             state, report = program.step(state, image, text)
         window.append((step, batch["keys"], report))
-        # Bounds the batches that wait on the devices; the one waited for is done long before they run dry.
-        if len(window) > IN_FLIGHT:
+        if jax.default_backend() == "cpu":
+            # Collectives of two programs that are on CPUs at once can wait for each other for ever.
+            jax.block_until_ready((state, report))
+        elif len(window) > IN_FLIGHT:
+            # Bounds the batches that wait on the devices; the step waited for is done long before they run dry.
             jax.block_until_ready(window[-1 - IN_FLIGHT][2])
         stop, last = termination.reached(step), step == config.total_steps
         save = stop or last or _due(step, config.checkpoint.every_steps)
