@@ -4,6 +4,7 @@ A step lies under WORKDIR/checkpoints/STEP; it appears there only when it is com
 """
 
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -18,7 +19,7 @@ from flip_jax.data.tokenizer import Tokenizer
 class Checkpoints:
     """The checkpoints of one workdir. Saving is asynchronous; the newest `keep` stay."""
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int = 1):
+    def __init__(self, workdir: str | pathlib.Path, keep: int):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -28,9 +29,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator, tokenizer: Tokenizer, config: Config):
-        """Starts saving `step`, unless it is there; returns when the arrays may be donated again."""
-        if step == self.latest():
-            return
+        """Starts saving `step`; returns when the arrays may be donated again."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -48,17 +47,20 @@ class Checkpoints:
         )
         return type(state)(**self._manager.restore(self.latest(), args=args)["state"])
 
+    def read(self, item: str) -> Any:
+        """The JSON item ("config" or "tokenizer") of the newest step."""
+        return read_json(self.directory / str(self.latest()), item)
+
     def check_config(self, config: Config):
         """Refuses to go on with a run of other settings than those that its newest checkpoint was written with.
 
         Raises:
           ValueError: the settings that differ, both values.
         """
-        saved, ours = read_json(self.directory / str(self.latest()), "config"), config_lib.flatten(config)
         differences = [
-            f"  config.{key}: checkpoint {saved.get(key)!r}, now {ours.get(key)!r}"
-            for key in sorted(saved.keys() | ours.keys())
-            if saved.get(key) != ours.get(key) and not key.startswith(config_lib.RESUMABLE_CHANGES)
+            f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
+            for key, saved, ours in _differences(self.read("config"), config_lib.flatten(config))
+            if not key.startswith(config_lib.RESUMABLE_CHANGES)
         ]
         if differences:
             raise ValueError(
@@ -98,6 +100,13 @@ def read_json(step: pathlib.Path, item: str) -> Any:
         return checkpointer.restore(step / item)
 
 
+def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, saved, ours) of every entry that differs; None where one side has none."""
+    for name in sorted(saved.keys() | ours.keys()):
+        if saved.get(name) != ours.get(name):
+            yield name, saved.get(name), ours.get(name)
+
+
 def read_params(step: pathlib.Path, params: Any) -> Any:
     """The weights alone of a step's folder, laid out as the abstract tree `params` says.
 
@@ -114,9 +123,8 @@ def read_params(step: pathlib.Path, params: Any) -> Any:
             for tree in (params, saved)
         )
         differences = [
-            f"  {name}: checkpoint {theirs.get(name, 'absent')}, model {ours.get(name, 'absent')}"
-            for name in sorted(ours.keys() | theirs.keys())
-            if ours.get(name) != theirs.get(name)
+            f"  {name}: checkpoint {saved_shape}, model {our_shape} (None: absent)"
+            for name, saved_shape, our_shape in _differences(theirs, ours)
         ]
         if differences:
             raise ValueError(f"The weights in {step} do not fit config.model:\n" + "\n".join(differences))

@@ -14,6 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flip_jax import masking
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageTower:
@@ -28,6 +30,11 @@ class ImageTower:
     mask_ratio: float = 0.5
     pool: str = "mean"  # over all tokens, cls included (official), or "cls"
     patch_bias: bool = True
+
+    @property
+    def visible_patches(self) -> int:
+        """How many patches a training step encodes."""
+        return masking.keep_count((self.image_size // self.patch_size) ** 2, self.mask_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +239,7 @@ def _cast(hint: Any, value: Any, key: str) -> Any:
 
 
 _CHOICES = {
-    "model.image.mask": ("random",),
+    "model.image.mask": tuple(masking.STRATEGIES),
     "model.image.pool": ("mean", "cls"),
     "model.text.pool": ("first", "mean"),
     "model.dtype": ("bfloat16", "float32"),
@@ -259,7 +266,7 @@ def _check(config: Config) -> None:
             f"config.model.image.image_size {image.image_size} does not divide by patch_size {image.patch_size}; "
             f"the nearest size that does is {round(image.image_size / image.patch_size) * image.patch_size}"
         )
-    if int((image.image_size // image.patch_size) ** 2 * (1 - image.mask_ratio)) < 1:
+    if image.visible_patches < 1:
         raise ValueError(f"config.model.image.mask_ratio {image.mask_ratio} leaves no patch; lower it")
     if image.width % 4:
         raise ValueError(f"config.model.image.width must divide by 4 for sin-cos positions, got {image.width}")

@@ -39,7 +39,7 @@ class Encoder:
         shards = sharding.batch_shards(self.mesh) // jax.process_count()
         padding = -len(images) % shards
         rows = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)])
-        array = jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), rows)
+        (array,) = sharding.to_devices(self.mesh, rows)
         embedded = self._image(self.params, array)
         return embedded[: len(images)] if padding else embedded
 

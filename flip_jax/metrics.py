@@ -31,7 +31,7 @@ def flops_per_sample(model: Model) -> float:
     Matrix products only, no recompute: what model FLOP utilisation (MFU) is defined by.
     """
     image, text = model.image, model.text
-    visible = int((image.image_size // image.patch_size) ** 2 * (1 - image.mask_ratio))
+    visible = image.visible_patches
     embed = visible * 2 * 3 * image.patch_size**2 * image.width
     project = 2 * (image.width + text.width) * model.embed_dim
     towers = sum(

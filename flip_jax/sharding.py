@@ -4,9 +4,11 @@ Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters and 
 and the MLP's hidden units.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -70,6 +72,12 @@ def place(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first dimension over the batch axes, the others whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def to_devices(mesh: Mesh, *local: np.ndarray) -> Iterator[jax.Array]:
+    """The global batch, from the rows that each process holds."""
+    rows = batch_sharding(mesh)
+    return (jax.make_array_from_process_local_data(rows, array) for array in local)
 
 
 def by_batch(x: jax.Array) -> jax.Array:

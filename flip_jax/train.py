@@ -5,7 +5,7 @@ import logging
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -158,7 +158,7 @@ def _run(
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
-        image, text = to_devices(mesh, batch["image"], batch["text"])
+        image, text = sharding.to_devices(mesh, batch["image"], batch["text"])
         with jax.transfer_guard("disallow"):
             state, report = program.step(state, image, text)
         window.append((step, batch["keys"], report))
@@ -216,8 +216,8 @@ def make_tokenizer(config: Config, checkpoints: checkpoint.Checkpoints) -> Token
       ValueError: it has more entries than `config.model.text.vocab_size`.
     """
     size = config.model.text.vocab_size
-    if (step := checkpoints.latest()) is not None:
-        tokenizer = Tokenizer.from_json(checkpoint.read_json(checkpoints.directory / str(step), "tokenizer"))
+    if checkpoints.latest() is not None:
+        tokenizer = Tokenizer.from_json(checkpoints.read("tokenizer"))
     elif config.data.vocab:
         tokenizer = Tokenizer.from_vocab(config.data.vocab)
     else:
@@ -229,12 +229,6 @@ def make_tokenizer(config: Config, checkpoints: checkpoint.Checkpoints) -> Token
             f"({config.data.vocab}); raise it to at least {tokenizer.vocab_size}"
         )
     return tokenizer
-
-
-def to_devices(mesh: Mesh, *local: np.ndarray) -> Iterator[jax.Array]:
-    """The global batch, from the rows that each process holds."""
-    rows = sharding.batch_sharding(mesh)
-    return (jax.make_array_from_process_local_data(rows, array) for array in local)
 
 
 def summarise(window: list[tuple[int, list[str], dict[str, jax.Array]]], workdir: pathlib.Path) -> dict[str, float]:

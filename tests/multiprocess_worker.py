@@ -26,7 +26,7 @@ with jax.set_mesh(mesh):
     for step in range(3):
         own = slice(8 * process, 8 * process + 8)
         rows = (array[own] for array in tiny.batch(seed=step))
-        state, report = program.step(state, *train.to_devices(mesh, *rows))
+        state, report = program.step(state, *sharding.to_devices(mesh, *rows))
         losses.append(float(report["loss"]))
     params = multihost_utils.process_allgather(state.params, tiled=True)
 if process == 0:

@@ -20,7 +20,7 @@ def run(devices, mesh_settings, steps=3, config=tiny.CONFIG):
         # Noise on every array, so that none is zero and a relative difference means something.
         state = state._replace(params=jax.tree.map(with_noise, state.params, program.state.params))
         for step in range(steps):
-            state, report = program.step(state, *train.to_devices(mesh, *tiny.batch(seed=step)))
+            state, report = program.step(state, *sharding.to_devices(mesh, *tiny.batch(seed=step)))
             seen.append(float(report["loss"]))
     return seen, state
 

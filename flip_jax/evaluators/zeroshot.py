@@ -47,10 +47,9 @@ def run(encoder: Encoder, source: str, config: Config) -> Iterator[tuple[str, fl
     """Top-1 and top-5 accuracy in percent over all pictures of `source`, split over processes and devices."""
     names = pipeline.class_names(source, config)
     classes = class_embeddings(encoder, names, config.eval.templates, config.eval.batch_size)
-    rows = sharding.batch_sharding(encoder.mesh)
     counts = np.zeros(3)
     for batch in pipeline.eval_dataset(source, config):
-        label, real = (jax.make_array_from_process_local_data(rows, batch[key]) for key in ("label", "mask"))
+        label, real = sharding.to_devices(encoder.mesh, batch["label"], batch["mask"])
         counts += jax.device_get(_hits(encoder.encode_image(batch["image"]), label, real, classes))
     top1, top5 = (100 * hits / counts[2] for hits in counts[:2])
     if jax.process_index() == 0:

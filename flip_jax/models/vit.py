@@ -83,5 +83,4 @@ def visible(settings: ImageTower, key: jax.Array, patch_BxLxP: jax.Array) -> jax
     """Positions of the patches that stay in a training step, or None where nothing is masked."""
     if settings.mask_ratio == 0:
         return None
-    keep = masking.keep_count(patch_BxLxP.shape[1], settings.mask_ratio)
-    return masking.STRATEGIES[settings.mask](key, patch_BxLxP, keep)
+    return masking.STRATEGIES[settings.mask](key, patch_BxLxP, settings.visible_patches)
