@@ -21,7 +21,13 @@ class Checkpoints:
 
     def __init__(self, workdir: str | pathlib.Path, keep: int):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # Naming the processes makes Orbax 0.12 meet at the coordination service; else each of its barriers is a
+        # computation on all devices, which may run beside a step and lock it.
+        processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=processes
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
