@@ -1,6 +1,7 @@
 """Trains FLIP: python main.py --config=configs/flip_l16.py --workdir=DIR --config.data.train=webdataset:PATTERN"""
 
 import logging
+import os
 import pathlib
 import sys
 import traceback
@@ -32,13 +33,18 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
         train.train(config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value)
-    except (ValueError, FloatingPointError) as error:
+    except Exception as error:
         # What this package refuses says all there is to say; an error from elsewhere keeps its trace.
-        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(
-            str(pathlib.Path(flip_jax.__file__).parent)
-        ):
-            raise
-        sys.exit(f"error: {error}")
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        ours = last.startswith(str(pathlib.Path(flip_jax.__file__).parent))
+        if ours and isinstance(error, ValueError | FloatingPointError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if jax.process_count() > 1:
+            # At a normal exit this process would wait for the others, and they are waiting for it in a step.
+            os._exit(1)
+        sys.exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

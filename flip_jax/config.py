@@ -78,19 +78,29 @@ class Optim:
 class Data:
     """Where the pairs come from and how a record becomes a sample.
 
-    `train` is "webdataset:PATTERN" (brace ranges and globs) or "tfds:NAME/SPLIT"; `tfds_dir` is where TFDS keeps its
-    data (default: TFDS's own). `vocab` is a WordPiece vocabulary file; empty: one is trained on the captions.
+    `train` is one source or several, "WEIGHT*SOURCE;WEIGHT*SOURCE"; weights are shares of records. A source is
+    KIND:PATTERN, with brace ranges and globs, of kind webdataset, tfrecord, parquet or csv, or "tfds:NAME/SPLIT";
+    `tfds_dir` is where TFDS keeps its data (default: TFDS's own). `vocab` is a vocabulary file, of WordPiece or CLIP's
+    byte pairs; empty: a WordPiece is trained on the captions.
     """
 
     train: str = ""
     tfds_dir: str = ""
     vocab: str = ""
+    captions: tuple[str, ...] = (
+        "caption",
+        "captions",
+        "text",
+        "captions/text",
+        "txt",
+    )  # the first that is there
     shuffle_window: int = 10_000  # records of a window, held encoded
     interleave: int = 8  # shards read at once
     threads: int = 0  # decoding threads; 0: one per core
     crop_area: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    resize: str = "antialias"  # or "official": FLIP's own bicubics, which do not antialias
     max_image_pixels: int = 100_000_000
     max_bad_fraction: float = 0.1
 
@@ -244,6 +254,7 @@ _CHOICES = {
     "model.text.pool": ("first", "mean"),
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),
+    "data.resize": ("antialias", "official"),
     "optim.mu_dtype": ("bfloat16", "float32"),
 }
 _AT_LEAST_ZERO = ("warmup_samples", "eval.every_steps", "checkpoint.every_steps", "data.threads", "optim.weight_decay")

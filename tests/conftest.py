@@ -1,14 +1,18 @@
 """Eight CPU devices for every test, implicit rank promotion an error, and the fixtures that several files share."""
 
 import importlib
+import io
 import os
 import pathlib
+import tarfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from flip_jax import config as config_lib
 
@@ -16,6 +20,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPO = pathlib.Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
+SHAPES = ("square", "frame")
 
 
 @pytest.fixture
@@ -35,3 +41,42 @@ def load_recipe():
         return config_lib.from_config_dict(importlib.import_module(f"configs.{name}").get_config(arg))
 
     return load
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Two tars of 64 pictures each: coloured squares and frames with captions that name both, and class numbers."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    classes = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for i in range(64):
+                label = (shard * 64 + i) % len(classes)
+                colour, shape = classes[label]
+                pixels = rng.integers(0, 60, (40, 40, 3)).astype(np.uint8)
+                pixels[8:32, 8:32] = COLOURS[colour]
+                if shape == "frame":
+                    pixels[14:26, 14:26] = 0
+                png = io.BytesIO()
+                Image.fromarray(pixels).save(png, "PNG")
+                for ext, data in (
+                    ("png", png.getvalue()),
+                    ("txt", f"a {colour} {shape}".encode()),
+                    ("cls", str(label).encode()),
+                ):
+                    info = tarfile.TarInfo(f"{shard}{i:03}.{ext}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    (folder / "classes.txt").write_text("".join(f"{colour} {shape}\n" for colour, shape in classes))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """Losses and final state of three steps on one device, which every other layout must give, too."""
+    import layouts
+
+    from flip_jax.config import Mesh
+
+    return layouts.run(1, Mesh())

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import tiny
 from jax.experimental import multihost_utils
+from layouts import with_noise
 from official import flatten
-from test_sharding import with_noise
 
 from flip_jax import sharding, train
 from flip_jax.config import Mesh

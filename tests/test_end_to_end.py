@@ -1,114 +1,16 @@
 """main.py as a user runs it: on generated pictures, killed, stopped, resumed, and given nonsense."""
 
-import io
-import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
 
 import numpy as np
 import pytest
 from conftest import REPO
 from PIL import Image
-
-import flip_jax
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
-SHAPES = ("square", "frame")
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """Two tars of 64 pictures each: coloured squares and frames with captions that name both, and class numbers."""
-    folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
-    classes = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    for shard in range(2):
-        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
-            for i in range(64):
-                label = (shard * 64 + i) % len(classes)
-                colour, shape = classes[label]
-                pixels = rng.integers(0, 60, (40, 40, 3)).astype(np.uint8)
-                pixels[8:32, 8:32] = COLOURS[colour]
-                if shape == "frame":
-                    pixels[14:26, 14:26] = 0
-                png = io.BytesIO()
-                Image.fromarray(pixels).save(png, "PNG")
-                for ext, data in (
-                    ("png", png.getvalue()),
-                    ("txt", f"a {colour} {shape}".encode()),
-                    ("cls", str(label).encode()),
-                ):
-                    info = tarfile.TarInfo(f"{shard}{i:03}.{ext}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    (folder / "classes.txt").write_text("".join(f"{colour} {shape}\n" for colour, shape in classes))
-    return folder
-
-
-def arguments(shards, workdir, **changes):
-    """The command line of a run of 24 steps of 32 samples with a tiny model."""
-    settings = {
-        "data.train": f"webdataset:{shards}/{{00000..00001}}.tar",
-        "data.shuffle_window": 50,
-        "model.image.image_size": 32,
-        "model.image.patch_size": 8,
-        "model.image.mask_ratio": 0.5,
-        **{
-            f"model.{tower}.{key}": v
-            for tower in ("image", "text")
-            for key, v in (("width", 32), ("depth", 2), ("heads", 4))
-        },
-        "model.embed_dim": 16,
-        "model.text.vocab_size": 100,
-        "model.text.context_length": 8,
-        "model.dtype": "float32",
-        "optim.base_learning_rate": 0.01,
-        "global_batch_size": 32,
-        "total_samples": 768,
-        "warmup_samples": 128,
-        "checkpoint.every_steps": 5,
-        "log.every_steps": 4,
-        **changes,
-    }
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "main.py", "--config=configs/flip_b16.py", f"--workdir={workdir}", *flags]
-
-
-# The runs of these tests share few programs: what one compiles, the others load.
-CACHE = tempfile.TemporaryDirectory(prefix="flip_jax-compiled-")
-
-
-def environment(devices=1):
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
-
-
-def run(command, check=True, **env):
-    done = subprocess.run(command, cwd=REPO, env=environment(**env), capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def final_params(workdir, step=24):
-    return flip_jax.load(workdir / "checkpoints" / str(step)).params
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def leaves(tree):
-    return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [np.asarray(tree)]
+from runs import arguments, environment, final_params, leaves, metrics, run
 
 
 @pytest.fixture(scope="session")

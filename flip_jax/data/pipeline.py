@@ -3,11 +3,13 @@
 import atexit
 import collections
 import copy
+import functools
 import itertools
 import json
 import os
 import pathlib
 import random
+import re
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,9 @@ PREFETCH = 2  # batches ready before they are asked for
 SLICE = 16  # records that a thread decodes at a time
 JUDGE_AFTER = 1000  # records, before which the share of bad ones means little
 GIVE_UP_AFTER = 10_000  # bad records in a row
+NONE_AMONG = 100  # records, without a single one that can be used, at which a source is given up
+_ENTRIES = re.compile(r";(?=(?:[\d.]+\*)?\w+:)")
+_WEIGHTED = re.compile(r"(?:(\d+\.?\d*)\*)?(.*)", re.DOTALL)
 
 
 def train_dataset(config: Config, tokenizer: Tokenizer, *, process_index: int, process_count: int) -> grain.IterDataset:
@@ -38,10 +43,25 @@ def train_dataset(config: Config, tokenizer: Tokenizer, *, process_index: int, p
       ValueError: settings that do not fit; on iteration, too many bad records.
     """
     rows = _share("config.global_batch_size", config.global_batch_size, process_count)
-    source = readers.open_source(config.data.train, config.data, "config.data.train")
-    schedule = readers.Schedule(len(source), config.seed, process_index, process_count)
-    fingerprint = {"process_index": process_index, "process_count": process_count, "shards": len(source)}
-    return _Batches(config, tokenizer, source, schedule, rows, fingerprint)
+    mixture = _mixture(config)
+    schedules = [readers.Schedule(len(source), config.seed, process_index, process_count) for _, source in mixture]
+    fingerprint = {
+        "process_index": process_index,
+        "process_count": process_count,
+        "shards": [len(source) for _, source in mixture],
+    }
+    return _Batches(config, tokenizer, mixture, schedules, rows, fingerprint)
+
+
+def _mixture(config):
+    """The weight and source of each entry of config.data.train, "WEIGHT*KIND:REST;WEIGHT*KIND:REST"."""
+    mixture = []
+    for entry in _ENTRIES.split(config.data.train):
+        weight, value = _WEIGHTED.fullmatch(entry).groups()
+        if weight and not float(weight):
+            raise ValueError(f"config.data.train: a weight must be above 0, got {entry!r}")
+        mixture.append((float(weight or 1), readers.open_source(value, config.data, "config.data.train")))
+    return mixture
 
 
 def eval_dataset(source: str, config: Config, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
@@ -105,10 +125,13 @@ def class_names(source: str, config: Config) -> list[str]:
 
 def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
     """At most `limit` captions of the training set, to learn a vocabulary from; the same in every process."""
-    source = readers.open_source(config.data.train, config.data, "config.data.train")
-    schedule = readers.Schedule(len(source), config.seed)
-    records = readers.in_order(source, (schedule[i][0] for i in range(len(source))))
-    return list(itertools.islice((text for record in records for text in record.get("texts", [])), limit))
+    mixture, captions = _mixture(config), []
+    for _, source in mixture:
+        schedule = readers.Schedule(len(source), config.seed)
+        records = readers.in_order(source, (schedule[i][0] for i in range(len(source))))
+        texts = (text for record in records for text in record.get("texts", []))
+        captions += itertools.islice(texts, limit // len(mixture))
+    return captions
 
 
 class _Batches(grain.IterDataset):
@@ -130,23 +153,28 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
 
 
 class _BatchIterator(grain.DatasetIterator):
-    """Its state is where the window of records in use began, how many of them are used up, and the counts."""
+    """Its state is the place and the number of records read of each source, and the counts."""
 
-    def __init__(self, config, tokenizer, source, schedule, rows, fingerprint):
+    def __init__(self, config, tokenizer, mixture, schedules, rows, fingerprint):
         super().__init__()
-        self._config, self._tokenizer, self._source, self._schedule = config, tokenizer, source, schedule
-        self._rows, self._fingerprint, self._threads = rows, fingerprint, _threads(config)
-        self._pool = ThreadPoolExecutor(self._threads, "flip_jax-decode")
+        self._config, self._rows, self._fingerprint = config, rows, fingerprint
+        self._weights = [weight for weight, _ in mixture]
+        self._pool = ThreadPoolExecutor(_threads(config), "flip_jax-decode")
+        prepare = functools.partial(self._pool.submit, _prepare, config=config, tokenizer=tokenizer)
+        process = fingerprint["process_index"]
+        self._streams = [
+            _Stream(source, schedule, f"{config.seed}/{process}", prepare, 2 * _threads(config))
+            for (_, source), schedule in zip(mixture, schedules, strict=True)
+        ]
         self._bad_in_a_row, self._examples = 0, {}
         self._counts = {"read": 0, "used": 0, "bad": {}}
-        places = [[i, 0] for i in range(min(source.interleave, schedule.per_epoch))]
-        self._place = {"places": places, "window": 0, "position": 0}
-        self._samples = self._decoded(self._place)
 
     def __next__(self):
         rows = []
         while len(rows) < self._rows:
-            self._place, key, sample = next(self._samples)
+            # The source that is furthest behind its share: the order needs no random numbers, and no state of its own.
+            shares = [(stream.read + 1) / weight for stream, weight in zip(self._streams, self._weights, strict=True)]
+            key, sample = next(self._streams[shares.index(min(shares))])
             self._counts["read"] += 1
             if isinstance(sample, str):
                 self._count_bad(key, sample)
@@ -165,32 +193,93 @@ class _BatchIterator(grain.DatasetIterator):
         self._bad_in_a_row += 1
         limit = self._config.data.max_bad_fraction
         too_many = read >= max(JUDGE_AFTER, 2 * self._rows) and read - used > limit * read
-        if too_many or self._bad_in_a_row >= GIVE_UP_AFTER:
+        if too_many or self._bad_in_a_row >= (GIVE_UP_AFTER if used else NONE_AMONG):
             found = ", ".join(f"{count} {kind} (last {self._examples.get(kind)})" for kind, count in kinds.items())
             raise ValueError(
                 f"config.data.train {self._config.data.train!r}: {read - used} of {read} records cannot be used: "
                 f"{found}. Repair them, or raise config.data.max_bad_fraction ({limit})"
             )
 
+    def get_state(self):
+        streams = [{"place": stream.place, "read": stream.read} for stream in self._streams]
+        return copy.deepcopy(self._fingerprint | {"streams": streams, "counts": self._counts})
+
+    def set_state(self, state):
+        for key, ours in self._fingerprint.items():
+            if state[key] != ours:
+                raise ValueError(
+                    f"the data position was saved with {key} {state[key]}, now it is {ours}, which changes the order "
+                    "of samples; use the same processes and shards, or start a new run with config.init_from"
+                )
+        state = copy.deepcopy(state)
+        self._counts = state["counts"]
+        for stream, position in zip(self._streams, state["streams"], strict=True):
+            stream.go_to(**position)
+
+    def close(self):
+        if not self._closed:
+            super().close()
+            for stream in self._streams:
+                stream.close()
+            self._pool.shutdown(cancel_futures=True)
+
+
+class _Stream:
+    """The shuffled, decoded records of one source: (key, sample or kind of bad record) each.
+
+    `place` says where the window of records in use began and how many of them are used up.
+    """
+
+    def __init__(self, source, schedule, seed, prepare, look_ahead):
+        self._source, self._schedule, self._seed = source, schedule, seed
+        self._prepare, self._look_ahead = prepare, look_ahead
+        self._readable = False
+        places = [[i, 0] for i in range(min(source.interleave, schedule.per_epoch))]
+        self.go_to({"places": places, "window": 0, "position": 0}, 0)
+
+    def go_to(self, place, read):
+        self.place, self.read, self._samples = place, read, self._decoded(place)
+
+    def __next__(self):
+        self.place, key, sample = next(self._samples)
+        self.read += 1
+        return key, sample
+
+    def close(self):
+        self._samples.close()
+
     def _decoded(self, place):
         """(place after it, key, sample or kind of bad record) of each record from a place on."""
         ahead = collections.deque()
         for begin, records in self._slices(**place):
-            future = self._pool.submit(_prepare, records, self._config, self._tokenizer)
-            ahead.append((begin, records, future))
-            if len(ahead) > 2 * self._threads:
+            ahead.append((begin, records, self._prepare(records)))
+            if len(ahead) > self._look_ahead:
                 begin, records, future = ahead.popleft()
                 for i, (record, sample) in enumerate(zip(records, future.result(), strict=True), begin["position"] + 1):
                     yield begin | {"position": i}, record["key"], sample
 
+    def _chunks(self, places):
+        """As `readers.interleave`, but gives up before a window is filled with the complaints of unreadable shards."""
+        unreadable = 0
+        for after, chunk in readers.interleave(self._source, self._schedule, places):
+            self._readable = self._readable or not all("bad" in record for record in chunk)
+            unreadable += len(chunk)
+            if not self._readable and unreadable >= NONE_AMONG:
+                last = chunk[-1]
+                raise ValueError(
+                    f"config.data.train: none of the first {unreadable} records of a source can be used; the last, "
+                    f"{last['key']}: {last['bad']}"
+                )
+            yield after, chunk
+
     def _slices(self, places, window, position):
         """(place, records) of each slice from a place on; every window of records is shuffled."""
-        chunks, begin, coming = readers.interleave(self._source, self._schedule, places), places, []
+        chunks, begin, coming = self._chunks(places), places, []
         while True:
             while len(coming) < self._source.window:
                 places, chunk = next(chunks)
                 coming += chunk
-            random.Random(f"{self._config.seed}/{self._fingerprint['process_index']}/{window}").shuffle(coming)
+            random.Random(f"{self._seed}/{window}").shuffle(coming)
             records, current, begin, coming = coming[position:], begin, places, []
             while records:
                 yield {"places": current, "window": window, "position": position}, records[:SLICE]
@@ -201,26 +290,6 @@ class _BatchIterator(grain.DatasetIterator):
                     places, chunk = next(chunks)
                     coming += chunk
             window, position = window + 1, 0
-
-    def get_state(self):
-        return copy.deepcopy(self._fingerprint | {"place": self._place, "counts": self._counts})
-
-    def set_state(self, state):
-        for key, ours in self._fingerprint.items():
-            if state[key] != ours:
-                raise ValueError(
-                    f"the data position was saved with {key} {state[key]}, now it is {ours}, which changes the order "
-                    "of samples; use the same processes and shards, or start a new run with config.init_from"
-                )
-        self._samples.close()
-        self._place, self._counts = copy.deepcopy((state["place"], state["counts"]))
-        self._samples = self._decoded(self._place)
-
-    def close(self):
-        if not self._closed:
-            super().close()
-            self._samples.close()
-            self._pool.shutdown(cancel_futures=True)
 
 
 def _prepare(records, config, tokenizer):
