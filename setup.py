@@ -21,7 +21,11 @@ setup(
         "clu>=0.0.12,<0.1",
         "absl-py>=2.5,<3",
         "tokenizers>=0.23,<0.24",
+        "ftfy>=6.3,<7",
         "pillow>=13,<14",
+        "simplejpeg>=1.9,<2",
+        # There are no wheels for Linux on ARM, where Pillow resizes instead.
+        "cykooz-resizer>=4.0.1,<5; platform_system != 'Linux' or platform_machine == 'x86_64'",
         "numpy>=2.4,<3",
         "matplotlib>=3.11,<4",
     ],

@@ -35,7 +35,7 @@ class Encoder:
         """
         if not isinstance(images, np.ndarray):
             size = self.config.model.image.image_size
-            images = np.stack([transforms.eval_image(image.convert("RGB"), size) for image in images])
+            images = np.stack([transforms.eval_image(image, size, self.config.data) for image in images])
         shards = sharding.batch_shards(self.mesh) // jax.process_count()
         padding = -len(images) % shards
         rows = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)])

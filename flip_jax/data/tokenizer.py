@@ -1,24 +1,33 @@
-"""WordPiece as BERT's uncased tokenizer does it, without special tokens."""
+"""Strings to token ids: WordPiece as BERT's uncased tokenizer does it, and CLIP's byte pairs."""
 
+import gzip
+import html
 import json
 import pathlib
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import ftfy
 import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 MAX_WORD_BYTES = 100  # of UTF-8; longer words are unknown
+MAX_VOCAB_CHARACTERS = 2**26  # of a file, however small it was packed
+CLIP_MERGES = 48_894  # of the 262,144 in CLIP's file; with twice 256 bytes and two special tokens they are 49,408
+CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
+_CLIP_WORDS = rf"{'|'.join(CLIP_SPECIAL)}|'[sſt]|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 _CJK = "\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f"
 
 
 class Tokenizer:
     """Strings to rows of word-piece ids, as tensorflow-text's BertTokenizer(lower_case=True) gives them.
 
-    Nothing in a caption is special, not even "[CLS]". `vocab` is token -> id, with "[PAD]" as 0, and "[UNK]".
+    Nothing in a caption is special, not even "[CLS]"; an empty one is all zeros. `vocab` is token -> id, with "[PAD]"
+    as 0, and "[UNK]".
     """
 
     def __init__(self, vocab: Mapping[str, int]):
@@ -38,14 +47,26 @@ class Tokenizer:
 
     @classmethod
     def from_vocab(cls, path: str | pathlib.Path) -> "Tokenizer":
-        """Reads a vocabulary file, one token a line in UTF-8. ValueError if it is not there or is none."""
+        """Reads a vocabulary file, UTF-8, perhaps gzipped; its first line tells the kind.
+
+        WordPiece has one token a line; CLIP's byte pairs have "#version" in a header, then one merge a line. ValueError
+        if it is not there or is neither.
+        """
         try:
-            lines = pathlib.Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            with open(path, "rb") as file:
+                opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+            with opener(path, "rt", encoding="utf-8") as file:
+                content = file.read(MAX_VOCAB_CHARACTERS + 1)
+            if len(content) > MAX_VOCAB_CHARACTERS:
+                raise ValueError(f"more than {MAX_VOCAB_CHARACTERS} characters")
+            lines = content.removesuffix("\n").split("\n")
+            if "#version" in lines[0]:
+                return ClipTokenizer([line.split() for line in lines[1 : 1 + CLIP_MERGES]])
             return cls({token: i for i, token in enumerate(lines)})
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zlib.error) as error:
             raise ValueError(
-                f"config.data.vocab {str(path)!r}: {error}. It names a WordPiece vocabulary with one token a line; if "
-                "empty, one is trained on the captions"
+                f"config.data.vocab {str(path)!r}: {error}. It names a WordPiece vocabulary with one token a line, or "
+                "CLIP's bpe_simple_vocab_16e6.txt.gz; if empty, one is trained on the captions"
             ) from error
 
     @classmethod
@@ -72,23 +93,66 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Tokenizer":
-        """The tokenizer whose `to_json` this is."""
-        return cls(content["model"]["vocab"])
+        """The tokenizer, of either kind, whose `to_json` this is."""
+        model = content["model"]
+        return ClipTokenizer(model["merges"]) if model["type"] == "BPE" else cls(model["vocab"])
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """Token ids, int32 [len(texts), length]: cut, or padded with 0; an empty text is all zeros."""
+        """Token ids, int32 [len(texts), length]: cut, or padded with 0."""
         tokens = np.zeros((len(texts), length), np.int32)
         for row, text in zip(tokens, texts, strict=True):
-            ids = []
-            for word in self._words(text)[:length]:
-                # The library would measure in characters.
-                too_long = len(word.encode()) > MAX_WORD_BYTES
-                ids += [self._unknown] if too_long else [token.id for token in self._library.model.tokenize(word)]
-            row[: len(ids)] = ids[:length]
+            ids = self._ids(text, length)
+            row[: len(ids)] = ids
         return tokens
+
+    def _ids(self, text, length):
+        ids = []
+        for word in self._words(text)[:length]:
+            # The library would measure in characters.
+            too_long = len(word.encode()) > MAX_WORD_BYTES
+            ids += [self._unknown] if too_long else [token.id for token in self._library.model.tokenize(word)]
+        return ids[:length]
 
     def _words(self, text):
         if not text.isascii():
             text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         normal = self._library.normalizer.normalize_str(text.lower())
         return [word for word, _ in self._library.pre_tokenizer.pre_tokenize_str(normal)]
+
+
+class ClipTokenizer(Tokenizer):
+    """Strings to rows of byte-pair ids, as open_clip's SimpleTokenizer gives them: start, text, end, zeros.
+
+    A text that is too long loses its last tokens, never the end; an empty one is start and end. `merges` are pairs of
+    tokens, the first the most frequent. ValueError if a part of a merge is neither a byte nor made by an earlier one.
+    """
+
+    def __init__(self, merges: Sequence[Sequence[str]]):
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = range(0x100, 0x100 + 256 - len(printable))  # stand for the bytes that cannot be seen
+        characters = [chr(code) for code in (*printable, *others)]
+        vocab = {token: i for i, token in enumerate([*characters, *(f"{c}</w>" for c in characters)])}
+        for number, merge in enumerate(merges, 1):
+            if len(merge) != 2 or not vocab.keys() >= set(merge):
+                raise ValueError(f"merge {number}, {' '.join(merge)!r}, is not of two earlier tokens")
+            vocab["".join(merge)] = len(vocab)
+        self._special = {token: len(vocab) + i for i, token in enumerate(CLIP_SPECIAL)}
+        self.vocab_size = len(vocab) + len(CLIP_SPECIAL)
+        pairs = [(first, second) for first, second in merges]
+        self._library = tokenizers.Tokenizer(models.BPE(vocab | self._special, pairs, end_of_word_suffix="</w>"))
+        words = pre_tokenizers.Split(Regex(_CLIP_WORDS), "removed", invert=True)
+        to_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._library.pre_tokenizer = pre_tokenizers.Sequence([words, to_characters])
+
+    def _ids(self, text, length):
+        start, end = self._special.values()
+        ids = [start]
+        for word in self._words(text)[:length]:
+            special = self._special.get(word)
+            ids += [token.id for token in self._library.model.tokenize(word)] if special is None else [special]
+        return [*ids[: length - 1], end]
+
+    def _words(self, text):
+        if not (text.isascii() and text.isprintable()) or "&" in text:
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return [word for word, _ in self._library.pre_tokenizer.pre_tokenize_str(" ".join(text.split()).lower())]

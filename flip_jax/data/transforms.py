@@ -3,13 +3,20 @@
 import io
 import math
 import random
+import types
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import Image
 
 from flip_jax.config import Data
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+try:  # Pillow's resize to a rounding, in a quarter of the time; there are no wheels for Linux on ARM
+    import cykooz_resizer
+except ImportError:
+    cykooz_resizer = None
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # told by their content, whatever a file is called
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 # Pillow would warn about large pictures and refuse larger ones. Here that is a setting, checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
@@ -47,40 +54,62 @@ def centre_window(height: int, width: int, side: int) -> Window:
 
 
 def decode(data: bytes, size: int, settings: Data, rng: random.Random | None = None) -> np.ndarray:
-    """A picture, cropped and resized (bicubic, antialiased): uint8 [size, size, 3].
+    """A picture, cropped and resized as `settings.resize` says: uint8 [size, size, 3].
 
-    The window, and whether it is flipped, are drawn from `rng`; without one it is the centre square. BadImage if the
-    picture does not decode, or has more than `settings.max_image_pixels`.
+    The window, and whether it is flipped, are drawn from `rng`; without one it is the centre square. Of an animation
+    it is the first frame. BadImage if the picture does not decode, or has more than `settings.max_image_pixels`.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads no more than the header
         if image.width * image.height > settings.max_image_pixels:
             raise BadImage("too many pixels")
-        if "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        width, height = image.size
+        orientation = _orientation(image)
+        width, height = image.size if orientation < 5 else image.size[::-1]
         if rng:
             window = train_window(height, width, size, settings, rng)
         else:
             window = centre_window(height, width, min(height, width))
         scale = 1
-        if image.format == "JPEG":
+        if settings.resize == "antialias":
             # A JPEG decodes to a half, quarter or eighth for less; the window keeps twice the pixels that are needed.
             scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(window[2:]) >= 2 * s * size)
-            image.draft(None, (width // scale, height // scale))
-        image = _resize(_to_rgb(image), [x / scale for x in window], size)
-        if rng and settings.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image)
+        pixels, scale = _pixels(image, data, scale, settings)
+        pixels = _resize(_upright(pixels, orientation), [x / scale for x in window], size, settings, train=bool(rng))
+        return pixels[:, ::-1] if rng and settings.flip and rng.random() < 0.5 else pixels
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise all sorts of things for damaged files
         raise BadImage("image does not decode") from error
 
 
-def eval_image(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square of an RGB picture, as `decode` gives it without a generator."""
-    return np.asarray(_resize(image, centre_window(image.height, image.width, min(image.size)), size))
+def eval_image(image: Image.Image, size: int, settings: Data) -> np.ndarray:
+    """The centre square of a picture in any mode, as `decode` gives it without a generator."""
+    window = centre_window(image.height, image.width, min(image.size))
+    return _resize(np.asarray(_to_rgb(image)), window, size, settings, train=False)
+
+
+def _orientation(image):
+    """1 to 8, the EXIF orientation; upright if there is none that can be read."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
+    except Exception:  # as many kinds as there are ways to damage it
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _pixels(image, data, scale, settings):
+    """RGB [height, width, 3] of an opened picture, and the scale: if not JPEG it is 1."""
+    if image.format not in ("JPEG", "MPO"):
+        return np.asarray(_to_rgb(image)), 1
+    if image.mode != "CMYK":
+        width, height = (math.ceil(n / scale) for n in image.size)
+        fast = settings.resize == "official"  # the official code's choice, a grey level from the exact transform
+        try:
+            return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, fastdct=fast), scale
+        except ValueError:
+            pass  # libjpeg has a complaint; Pillow forgives those that do no harm
+    image.draft(None, (image.width // scale, image.height // scale))
+    return np.asarray(_to_rgb(image)), scale
 
 
 def _to_rgb(image):
@@ -95,7 +124,61 @@ def _to_rgb(image):
     return white
 
 
-def _resize(image, window, size):
+def _upright(pixels, orientation):
+    """The picture as it is to be seen, from how EXIF says that it is stored."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+
+
+def _resize(pixels, window, size, settings, train):
+    """A window, whose numbers may have fractions, to uint8 [size, size, 3]; nothing beyond it has an influence."""
     left, top, width, height = window
-    box = (left, top, left + width, top + height)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    x, y = int(left), int(top)
+    pixels = pixels[y : math.ceil(top + height), x : math.ceil(left + width)]
+    official = settings.resize == "official"
+    if official and not (train and cykooz_resizer):
+        return _resize_official(pixels, size, train)
+    left, top = left - x, top - y
+    if not cykooz_resizer:
+        box = (left, top, left + width, top + height)
+        return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    kind, algorithms = cykooz_resizer.PixelType.U8x3, cykooz_resizer.Algorithm
+    algorithm = types.SimpleNamespace(  # the library's own class has no way to ask for an interpolation
+        algorithm=algorithms.interpolation if official else algorithms.convolution,
+        filter_type=cykooz_resizer.FilterType.catmull_rom,
+        multiplicity=None,
+    )
+    box = cykooz_resizer.CropBox(left, top, width, height)
+    options = cykooz_resizer.ResizeOptions(algorithm, crop_box=box)
+    source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes())
+    target = cykooz_resizer.ImageData(size, size, kind)
+    cykooz_resizer.Resizer().resize(source, target, options)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+def _resize_official(pixels, size, train):
+    """The official code's bicubics, which do not antialias: one for training, TensorFlow's oldest for evaluation."""
+    for _ in range(2):  # to `size` rows; those are the columns of the next pass
+        index, weights = _taps(len(pixels), size, train)
+        rows = pixels.reshape(len(pixels), -1)
+        rows = sum(rows[i] * w[:, None] for i, w in zip(index.T, weights.T, strict=True))
+        pixels = rows.reshape(size, -1, 3).swapaxes(0, 1)
+    return np.rint(pixels).clip(0, 255).astype(np.uint8)
+
+
+def _taps(length, size, train):
+    """Along one axis, the four pixels that make each of `size` pixels, and their weights: two arrays [size, 4]."""
+    scale, a = length / size, -0.5 if train else -0.75
+    place = (np.arange(size) + 0.5) * scale - 0.5 if train else np.arange(size) * scale
+    first = np.floor(place)
+    fraction = np.rint((place - first) * 1024) / 1024  # the official code looks its weights up in a table
+    steps = np.arange(-1, 3)
+    index, d = first[:, None].astype(int) + steps, np.abs(fraction[:, None] - steps)
+    weights = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, a * (((d - 5) * d + 8) * d - 4))
+    if train:
+        weights *= (index >= 0) & (index < length)
+        weights /= weights.sum(1, keepdims=True)
+    return index.clip(0, length - 1), weights.astype(np.float32)

@@ -1,0 +1,136 @@
+"""Decoders and resizers of JPEGs side by side: pictures a second of a training crop at 224 px, on one core.
+
+usage: taskset -c 1 python -m benchmarks.image_decoding [webdataset:PATTERN]
+
+Without a pattern it makes pictures of 256 to 1,600 px. All variants run in turn, three times, on the same windows; one
+JSON line for each: the median rate, its ratio to Pillow alone, and the mean difference in grey levels to Pillow's full
+decode and antialiased resize, on average and of the worst picture. "flip_jax" is `transforms.decode`, with what it
+checks; the others decode, cut and resize only. Libraries that are not installed are left out.
+"""
+
+import functools
+import io
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from flip_jax.config import Data
+from flip_jax.data import readers, transforms
+
+try:
+    import cv2
+
+    cv2.setNumThreads(1)
+except ImportError:
+    cv2 = None
+
+SIZE, PICTURES, ROUNDS = 224, 400, 3
+SETTINGS = Data(flip=False)
+
+
+def main(source: str = "") -> None:
+    pictures, windows = [], []
+    for data in load(source) if source else generate():
+        image = Image.open(io.BytesIO(data))
+        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            rng = transforms.generator(0, 0, str(len(pictures)))
+            windows.append(transforms.train_window(image.height, image.width, SIZE, SETTINGS, rng))
+            pictures.append(data)
+    variants, rates, results = make_variants(), {}, {}
+    for _ in range(ROUNDS):
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            results[name] = [variant(i, data, windows[i]) for i, data in enumerate(pictures)]
+            rates.setdefault(name, []).append(len(pictures) / (time.perf_counter() - start))
+    truth = np.stack(results["pillow + pillow"]).astype(np.int16)
+    base = statistics.median(rates["pillow + pillow"])
+    for name in variants:
+        error = np.abs(np.stack(results[name]) - truth).mean((1, 2, 3))
+        rate = statistics.median(rates[name])
+        row = {"variant": name, "images_per_s": round(rate, 1), "ratio": round(rate / base, 2)}
+        print(json.dumps(row | {"difference": round(error.mean(), 3), "worst": round(error.max(), 3)}))
+
+
+def load(source: str) -> list[bytes]:
+    """The first pictures of a source."""
+    opened = readers.open_source(source, Data())
+    records = readers.in_order(opened, iter(range(len(opened))))
+    return [record["image"] for record in itertools.islice(records, PICTURES) if "image" in record]
+
+
+def generate() -> list[bytes]:
+    """JPEGs with about as much detail as photos have: noise whose power falls with its frequency."""
+    rng, pictures = np.random.default_rng(0), []
+    for side in (256, 384, 512, 800, 1600):
+        size = side, side * 3 // 4
+        pixels = 128.0
+        for grain in (3, 6, 12, 25, 50, 100, 200):
+            noise = Image.fromarray(rng.integers(0, 256, (grain, grain, 3), np.uint8))
+            pixels = pixels + (np.asarray(noise.resize(size, Image.Resampling.BICUBIC), float) - 128) * 3 / grain**0.5
+        out = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+        pictures += [out.getvalue()] * 8
+    return pictures
+
+
+def make_variants() -> dict[str, Callable]:
+    """ "DECODER + RESIZER" to a function of the number, bytes and window of a picture."""
+    decoders = {"pillow": pillow, "pillow scaled": pillow_scaled, "simplejpeg": simplejpeg.decode_jpeg}
+    decoders["simplejpeg scaled"] = simplejpeg_scaled
+    if cv2:
+        decoders["opencv"] = opencv
+    resizers = {"pillow": resize}
+    if transforms.cykooz_resizer:
+        resizers["cykooz_resizer"] = lambda pixels, box: transforms._resize(pixels, box, SIZE, SETTINGS, train=True)
+    variants = {}
+    for (decoder, decode), (resizer, fit) in itertools.product(decoders.items(), resizers.items()):
+        scaled = "scaled" in decoder
+        variants[f"{decoder} + {resizer}"] = functools.partial(decode_and_fit, decode, fit, scaled)
+    return variants | {"flip_jax": flip_jax}
+
+
+def flip_jax(i, data, window):
+    return transforms.decode(data, SIZE, SETTINGS, transforms.generator(0, 0, str(i)))
+
+
+def decode_and_fit(decode, fit, scaled, i, data, window):
+    scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(window[2:]) >= 2 * s * SIZE) if scaled else 1
+    pixels = decode(data, scale) if scaled else decode(data)
+    return fit(pixels, [x / scale for x in window])
+
+
+def pillow(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def pillow_scaled(data, scale):
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (image.width // scale, image.height // scale))
+    return np.asarray(image.convert("RGB"))
+
+
+def simplejpeg_scaled(data, scale):
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    return simplejpeg.decode_jpeg(data, min_height=math.ceil(height / scale), min_width=math.ceil(width / scale))
+
+
+def opencv(data):
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def resize(pixels, window):
+    left, top, width, height = window
+    box = (left, top, left + width, top + height)
+    return np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
