@@ -21,13 +21,17 @@ setup(
         "clu>=0.0.12,<0.1",
         "absl-py>=2.5,<3",
         "tokenizers>=0.23,<0.24",
+        "fsspec>=2026.9",
         "ftfy>=6.3,<7",
+        "google-crc32c>=1.9,<2",
         "pillow>=13,<14",
+        "pyarrow>=26,<27",
         "simplejpeg>=1.9,<2",
         # There are no wheels for Linux on ARM, where Pillow resizes instead.
         "cykooz-resizer>=4.0.1,<5; platform_system != 'Linux' or platform_machine == 'x86_64'",
         "numpy>=2.4,<3",
         "matplotlib>=3.11,<4",
+        "tqdm>=4.67,<5",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
@@ -41,7 +45,8 @@ setup(
             "em-keyboard>=5.4,<6",
             "resvg-py>=0.5,<0.6",
         ],
+        "remote": ["aiohttp>=3.14,<4", "gcsfs", "s3fs"],  # shards over http, gs and s3
         "tfds": ["tensorflow>=2.19"],
-        "dev": ["pytest>=8", "ruff>=0.12"],
+        "dev": ["pytest>=8", "ruff>=0.12", "aiohttp>=3.14,<4"],
     },
 )

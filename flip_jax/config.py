@@ -115,13 +115,16 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Evaluation every `every_steps` and at the end (0: never). `zeroshot` is a source as in `Data.train`, with labels;
-    `classnames` names a file of class names (one a line, or a JSON list) where the source has none of its own."""
+    """Evaluation every `every_steps` and at the end (0: never). `zeroshot` is a source as in `Data.train`, with labels.
+
+    `classnames` names a file of class names (one a line, or a JSON list), `templates` are prompts with {} for the name;
+    where they are empty, the source's own are used.
+    """
 
     every_steps: int = 0
     zeroshot: str = ""
     classnames: str = ""
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    templates: tuple[str, ...] = ()
     batch_size: int = 256
 
 

@@ -11,7 +11,7 @@ import pathlib
 import random
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -106,13 +106,14 @@ def _eval_batches(source, rows, config, with_text):
 
 
 def class_names(source: str, config: Config) -> list[str]:
-    """The class names of a source: its own, or those in the file config.eval.classnames (one a line, or a JSON list).
+    """The class names of a source: those in the file config.eval.classnames (one a line, or a JSON list), or its own.
 
     Raises:
       ValueError: the source cannot be read, or there are no names.
     """
-    if names := readers.open_source(source, config.data).class_names:
-        return list(names)
+    if not config.eval.classnames:
+        if names := readers.open_source(source, config.data).class_names:
+            return list(names)
     path = pathlib.Path(config.eval.classnames)
     if not path.is_file():
         raise ValueError(
@@ -121,6 +122,11 @@ def class_names(source: str, config: Config) -> list[str]:
         )
     text = path.read_text(encoding="utf-8")
     return json.loads(text) if text.startswith("[") else text.splitlines()
+
+
+def templates(source: str, config: Config) -> Sequence[str]:
+    """The prompt templates for a source: config.eval.templates, or its own, or the plainest of CLIP's."""
+    return config.eval.templates or readers.open_source(source, config.data).templates or ["a photo of a {}."]
 
 
 def caption_sample(config: Config, limit: int = 100_000) -> list[str]:

@@ -46,7 +46,7 @@ def _hits(image_BxE, label_B, real_B, class_CxE):
 def run(encoder: Encoder, source: str, config: Config) -> Iterator[tuple[str, float]]:
     """Top-1 and top-5 accuracy in percent over all pictures of `source`, split over processes and devices."""
     names = pipeline.class_names(source, config)
-    classes = class_embeddings(encoder, names, config.eval.templates, config.eval.batch_size)
+    classes = class_embeddings(encoder, names, pipeline.templates(source, config), config.eval.batch_size)
     counts = np.zeros(3)
     for batch in pipeline.eval_dataset(source, config):
         label, real = sharding.to_devices(encoder.mesh, batch["label"], batch["mask"])

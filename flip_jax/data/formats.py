@@ -1,0 +1,388 @@
+"""The kinds of sources that a setting may name, "KIND:REST": what each takes for a record.
+
+A record is {"key": str, "epoch": int, "image": bytes, "texts": list[str], "label": int | None}, or {"key", "epoch",
+"bad": KIND} if it cannot be used. A new kind of source is a class like those in `KINDS`, and its name there.
+"""
+
+import csv
+import functools
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import google_crc32c
+from google.protobuf.message import DecodeError
+
+from flip_jax.config import Data
+from flip_jax.data import paths, tar
+from flip_jax.data.tar import Damaged
+
+_log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Pick = tuple[int, int]  # index of a shard or record, epoch
+Sample = tuple[str, dict[str, Any], int]  # key in the shard, rest of the record, offset after it
+
+CHUNK = 64  # records that go from thread to thread together
+END = -1  # in place of an offset: the shard has no more
+RETRY_AFTER = (0.1, 0.3, 1.0)  # seconds, of a shard that cannot be read
+IMAGES, TEXTS = ("jpg", "jpeg", "png", "webp", "gif", "avif"), ("txt", "json", "cls")
+MAX_IMAGE, MAX_TEXT = 2**28, 2**20  # bytes
+MAX_BYTES = dict.fromkeys(IMAGES, MAX_IMAGE) | dict.fromkeys(TEXTS, MAX_TEXT)  # of a tar's member
+IMAGE_FIELDS = (*IMAGES, "image", "image_bytes", "image/encoded")  # columns and features, the first that is there
+PATH_COLUMNS = ("filepath", "path", "image", "image_path", "file_name", "filename", "url")
+CLASS_CAPTION = "a photo of a {}."  # for TFDS sets without text
+
+
+class Shards:
+    """Files that are read from front to back. A subclass says in `_samples` what is in one."""
+
+    class_names: list[str] | None = None
+    templates: list[str] | None = None  # prompts for those classes, each with one {}
+    at_once = 1  # items that `read` takes
+
+    def __init__(self, pattern: str, data: Data):
+        self.paths, self.window, self.interleave = paths.expand(pattern), data.shuffle_window, data.interleave
+        self._captions = data.captions
+        self._failed = set()  # paths that it makes no sense to wait for once more
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
+        """The records of one shard from `offset` on, each with the offset after it.
+
+        A shard that cannot be read is tried again where it stopped. What is then left of it is one bad record.
+        """
+        ((index, epoch),) = picks
+        path, waits = self.paths[index], iter(RETRY_AFTER)
+        shard, problem, details = os.path.basename(path), "" if offset else "empty shard", ""
+        while True:
+            try:
+                with paths.open_file(path) as file:
+                    for key, rest, offset in self._samples(file, offset, path):  # noqa: B020  where to go on
+                        yield {"key": f"{shard}/{key}", "epoch": epoch} | rest, offset
+                        problem, waits = "", iter(RETRY_AFTER)
+                        self._failed.discard(path)
+            except Damaged as error:
+                problem, details = error.args
+            except Exception as error:  # clients of remote stores have errors of their own kinds
+                if path not in self._failed and (wait := next(waits, None)):
+                    time.sleep(wait)
+                    continue
+                self._failed.add(path)
+                problem, details = "unreadable shard", error
+            if problem:
+                _log.warning("%s: %s %s", path, problem, details)
+                yield {"key": shard, "epoch": epoch, "bad": problem}, END
+            return
+
+    def _samples(self, file: BinaryIO, offset: int, path: str) -> Iterator[Sample]:
+        raise NotImplementedError
+
+    def _require(self, columns, names):
+        """The first of `names` among the columns."""
+        for name in names:
+            if name in columns:
+                return name
+        raise Damaged("missing column", f"wanted one of {', '.join(names)}; has {', '.join(columns)}")
+
+
+class WebDataset(Shards):
+    """Tars as webdataset, img2dataset and CLIP_benchmark write them.
+
+    A sample is the successive members that share a name up to the first dot: `IMAGES`; txt, or captions in json; cls, a
+    class number. Offsets are bytes. Class names and templates are those that CLIP_benchmark puts beside the shards.
+    """
+
+    @functools.cached_property
+    def class_names(self):
+        return self._beside("classnames.txt")
+
+    @functools.cached_property
+    def templates(self):
+        lines = self._beside("zeroshot_classification_templates.txt")
+        return lines and [line.replace("{c}", "{}") for line in lines]
+
+    def _beside(self, name):
+        """The lines of a file in the folder of the shards or the one above, None if there is none."""
+        path = self.paths[0] if paths.is_remote(self.paths[0]) else os.path.abspath(self.paths[0])
+        for folder in (path.rpartition("/")[0], path.rsplit("/", 2)[0]):
+            try:
+                with paths.open_file(f"{folder}/{name}") as file:
+                    return [line.strip() for line in file.read(MAX_TEXT).decode().strip().split("\n")]
+            except FileNotFoundError:
+                pass
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{folder}/{name} is not UTF-8") from error
+        return None
+
+    def _samples(self, file, offset, path):
+        for key, members in itertools.groupby(tar.members(file, offset), key=lambda member: member[0]):
+            parts, bad = {}, ""
+            for _, extension, safe, size, end in members:  # noqa: B007  the last `end` is that of the sample
+                if not safe:
+                    bad = "unsafe member"
+                elif size > MAX_BYTES.get(extension, size):
+                    bad = "too large"
+                elif extension in parts:
+                    bad = "duplicate key"
+                elif extension in MAX_BYTES:
+                    parts[extension] = file.read(size)
+                    if len(parts[extension]) < size:
+                        raise Damaged("tar cut short", f"in {key}.{extension}")
+            yield key, {"bad": bad} if bad else self._sample(parts), end
+
+    def _sample(self, parts):
+        try:
+            fields = json.loads(parts.get("json", b"").decode(errors="surrogateescape"))
+        except (ValueError, RecursionError):
+            fields = {}
+        fields = (fields if isinstance(fields, dict) else {}) | {name: parts[name] for name in parts.keys() & {"txt"}}
+        label = parts.get("cls", b"").strip()
+        if not re.fullmatch(rb"\d{0,9}", label):
+            return {"bad": "class is no number"}
+        image = next((parts[extension] for extension in IMAGES if extension in parts), None)
+        return _sample(image, map(fields.get, self._captions), int(label) if label else None)
+
+
+class TfRecord(Shards):
+    """TFRecord files of tf.train.Example, as img2dataset writes them: `IMAGE_FIELDS`, captions, key. Offsets are bytes.
+
+    A record with a wrong checksum is bad; after a wrong checksum of a length, nobody knows where the next one starts.
+    """
+
+    def _samples(self, file, offset, path):
+        file.seek(offset)
+        while header := file.read(12):
+            if len(header) < 12:
+                raise Damaged("TFRecord cut short", f"at byte {offset}")
+            length, checksum = struct.unpack("<QI", header)
+            if _masked_crc32c(header[:8]) != checksum:
+                raise Damaged("shard damaged", f"from byte {offset} on")
+            start, offset = offset, offset + 12 + length + 4
+            if length > MAX_IMAGE:
+                file.seek(offset)
+                yield str(start), {"bad": "too large"}, offset
+                continue
+            data = file.read(length + 4)
+            if len(data) < length + 4:
+                raise Damaged("TFRecord cut short", f"at byte {start}")
+            if _masked_crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+                yield str(start), {"bad": "bad checksum"}, offset
+                continue
+            fields = _example(data[:-4])
+            if fields is None:
+                yield str(start), {"bad": "not an Example"}, offset
+                continue
+            image = next((fields[name][0] for name in IMAGE_FIELDS if fields.get(name)), None)
+            yield _key(fields, start), _sample(image, map(fields.get, self._captions)), offset
+
+
+class Parquet(Shards):
+    """Parquet files, as img2dataset writes them: columns `IMAGE_FIELDS`, captions, key. Offsets are rows.
+
+    Where an image is a struct, as in Hugging Face's sets, its field "bytes" is taken.
+    """
+
+    def _samples(self, file, offset, path):
+        from pyarrow import parquet  # slow to import, and not every source needs it
+
+        # The default holds a whole row group at a time.
+        table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+        names = table.schema_arrow.names
+        image = self._require(names, IMAGE_FIELDS)
+        self._require(names, self._captions)
+        columns = [name for name in (image, "key", *self._captions) if name in names]
+        group, skip = 0, offset
+        while group < table.num_row_groups and skip >= (rows := table.metadata.row_group(group).num_rows):
+            group, skip = group + 1, skip - rows
+        for batch in table.iter_batches(CHUNK, range(group, table.num_row_groups), columns, use_threads=False):
+            for row in batch.slice(min(skip, batch.num_rows)).to_pylist():
+                number, offset = offset, offset + 1
+                yield str(row.get("key") or number), _sample(row[image], map(row.get, self._captions)), offset
+            skip = max(0, skip - batch.num_rows)
+
+
+class Csv:
+    """CSV files, or TSV by their names, with a header: the path of a picture in one of `PATH_COLUMNS`, and captions.
+
+    A relative path starts at the CSV's folder. All rows are held in memory, the pictures are read as they are needed.
+    """
+
+    window, interleave = CHUNK, 2  # the schedule has shuffled all records already
+    at_once = CHUNK
+    class_names = templates = None
+
+    def __init__(self, pattern: str, data: Data):
+        import pyarrow
+
+        csv.field_size_limit(MAX_TEXT)
+        chunks, kind = [], pyarrow.list_(pyarrow.large_binary())  # far smaller than Python's strings
+        for path in paths.expand(pattern):
+            delimiter = "\t" if path.endswith(".tsv") else ","
+            with (
+                paths.open_file(path) as file,
+                io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text,
+            ):
+                try:
+                    rows = csv.reader(text, delimiter=delimiter)
+                    names = next(rows, [])
+                    image = [names.index(name) for name in PATH_COLUMNS if name in names][:1]
+                    captions = [names.index(name) for name in data.captions if name in names]
+                    if not image or not captions:
+                        raise ValueError(
+                            f"{path} needs a column {' or '.join(PATH_COLUMNS)}, and {' or '.join(data.captions)} "
+                            f"(config.data.captions); has {', '.join(names)}"
+                        )
+                    folder = path.rpartition("/")[0]
+                    while some := list(itertools.islice(rows, 2**16)):
+                        fields = ([row[i] if i < len(row) else "" for i in image + captions] for row in some if row)
+                        located = ([_located(name, folder), *texts] for name, *texts in fields)
+                        encoded = [[value.encode("utf-8", "surrogateescape") for value in row] for row in located]
+                        chunks.append(pyarrow.array(encoded, kind))
+                except csv.Error as error:
+                    raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
+        self._rows = pyarrow.concat_arrays(chunks) if chunks else []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
+        """The picked records."""
+        for index, epoch in picks:
+            name, *captions = self._rows[index].as_py()
+            path = name.decode(errors="surrogateescape")
+            key = path.encode(errors="replace").decode()
+            yield {"key": key, "epoch": epoch} | _sample(_picture(path), captions), END
+
+
+def _located(name, folder):
+    """The path of a picture that a CSV in `folder` names."""
+    return name if not name or not folder or paths.is_remote(name) or name.startswith("/") else f"{folder}/{name}"
+
+
+def _picture(path):
+    """The bytes of a picture's file, None if it cannot be read."""
+    if ".." in path.split("/") or not (paths.is_remote(path) or os.path.isfile(path)):
+        return None
+    try:
+        with paths.open_file(path) as file:
+            return file.read(MAX_IMAGE + 1)
+    except Exception as error:  # clients of remote stores have errors of their own kinds
+        _log.warning("%s: %s", path, error)
+        return None
+
+
+class Tfds:
+    """A split of a TFDS set that is stored as ArrayRecord: NAME/SPLIT. Without texts they are `CLASS_CAPTION`."""
+
+    window, interleave = CHUNK, 2  # the schedule has shuffled all records already
+    at_once = CHUNK  # one by one takes several times as long
+    templates = None
+
+    def __init__(self, rest: str, data: Data):
+        import tensorflow_datasets as tfds  # slow to import, and not every source needs it
+
+        name, _, split = rest.rpartition("/")
+        if not name:
+            raise ValueError("expected tfds:NAME/SPLIT")
+        command = f"tfds build {name} --file_format=array_record"
+        if re.split("[/:]", name)[0] == "emoji":
+            import flip_jax.data.emoji  # noqa: F401  registers the set
+
+            command = "python -m flip_jax.data.emoji"
+        try:
+            builder = tfds.builder(name, data_dir=data.tfds_dir or None)
+            # TFDS takes ten times as long to turn what it has parsed into NumPy arrays as to parse it.
+            self._rows = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            first = _example(self._rows[0])
+        except (ValueError, NotImplementedError, AssertionError, OSError, LookupError) as error:
+            folder, reason = data.tfds_dir or tfds.core.constants.DATA_DIR, str(error).partition("\n")[0]
+            raise ValueError(
+                f"cannot be read from {folder} (config.data.tfds_dir): {reason} "
+                f"Prepare it: `{command} --data_dir={folder}`"
+            ) from error
+        features = builder.info.features
+        label = features["label"] if "label" in features else None
+        self.class_names = label.names if isinstance(label, tfds.features.ClassLabel) else None
+        self._image = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
+        self._text = next((key for key in data.captions if key in first), None)
+        if not self._image or not (self._text or self.class_names):
+            raise ValueError(
+                f"needs an image, and {' or '.join(data.captions)} (config.data.captions) or a class label; has "
+                f"{', '.join(features)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
+        """The picked records."""
+        rows = self._rows.__getitems__([index for index, _ in picks])
+        for (index, epoch), row in zip(picks, rows, strict=True):
+            fields = _example(row)
+            label = fields["label"][0] if self.class_names else None
+            texts = fields.get(self._text) or []
+            if not self._text:
+                texts = [CLASS_CAPTION.format(self.class_names[label].replace("_", " "))]
+            image = next(iter(fields[self._image]), None)
+            yield {"key": _key(fields, index), "epoch": epoch} | _sample(image, [texts], label), END
+
+
+KINDS: dict[str, Callable[[str, Data], Any]] = {
+    "webdataset": WebDataset,
+    "tfrecord": TfRecord,
+    "parquet": Parquet,
+    "csv": Csv,
+    "tfds": Tfds,
+}
+
+
+def _sample(image, captions, label=None):
+    """The rest of a record: of the captions (a string, bytes, or several) the first that are not empty."""
+    image = image.get("bytes") if isinstance(image, dict) else image
+    texts = next((value for value in captions if value), [])
+    texts = texts if isinstance(texts, list) else [texts]
+    if not image or not isinstance(image, bytes):
+        return {"bad": "no image"}
+    if len(image) > MAX_IMAGE or any(len(text) > MAX_TEXT for text in texts if isinstance(text, str | bytes)):
+        return {"bad": "too large"}
+    try:
+        # Text from JSON may hold halves of characters, which cannot be encoded.
+        encoded = [
+            text if isinstance(text, bytes) else text.encode() for text in texts if isinstance(text, str | bytes)
+        ]
+        return {"image": image, "texts": [text.decode() for text in encoded if text.strip()], "label": label}
+    except UnicodeError:
+        return {"bad": "caption is not UTF-8"}
+
+
+def _example(data):
+    """The features of a serialised tf.train.Example by name, lists of bytes or of integers; None if it is none."""
+    from tensorflow_datasets.proto import tf_example_pb2  # slow to import, and not every source needs it
+
+    try:
+        features = tf_example_pb2.Example.FromString(data).features.feature
+    except DecodeError:
+        return None
+    return {name: list(value.bytes_list.value or value.int64_list.value) for name, value in features.items()}
+
+
+def _key(fields, default):
+    """The key of an example, or its place."""
+    key = next(iter(fields.get("key", ())), default)
+    return key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+
+
+def _masked_crc32c(data):
+    """The checksum of TFRecords."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

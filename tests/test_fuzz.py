@@ -1,0 +1,205 @@
+"""A thousand damaged shards of each format: no crash, no hang, nothing lost in silence, no harm to other records."""
+
+import dataclasses
+import functools
+import io
+import itertools
+import random
+import struct
+import tarfile
+
+import google_crc32c
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from tensorflow_datasets.proto import tf_example_pb2
+
+from flip_jax.config import Config, Data, ImageTower, Model, TextTower
+from flip_jax.data import formats, pipeline, readers
+from flip_jax.data.tokenizer import Tokenizer
+
+SIZE, LENGTH, SAMPLES = 8, 6, 4
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
+TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(9)], 100)
+CONFIG = Config(
+    seed=5,
+    global_batch_size=8,
+    model=Model(
+        image=ImageTower(image_size=SIZE, patch_size=SIZE), text=TextTower(vocab_size=100, context_length=LENGTH)
+    ),
+    # A header can be made to claim any size.
+    data=Data(max_image_pixels=10**6, max_bad_fraction=1.0, shuffle_window=1, interleave=1, threads=2),
+)
+
+
+def flip_bits(data, rng):
+    data, places = bytearray(data), [rng.randrange(len(data)) for _ in range(rng.randint(1, 8))]
+    for place in places:
+        data[place] ^= 1 << rng.randrange(8)
+    return bytes(data), min(places)
+
+
+def truncate(data, rng):
+    place = rng.randrange(len(data))
+    return data[:place], place
+
+
+def insert(data, rng):
+    place = rng.randrange(len(data))
+    return data[:place] + rng.randbytes(rng.choice((1, 7, 64, 512))) + data[place:], place
+
+
+def remove(data, rng):
+    place = rng.randrange(len(data))
+    return data[:place] + data[place + rng.choice((1, 7, 64, 512)) :], place
+
+
+def overwrite(data, rng):
+    place, length = rng.randrange(len(data)), rng.choice((1, 7, 64, 512))
+    filling = rng.choice((bytes(length), b"\xff" * length, rng.randbytes(length)))
+    return (data[:place] + filling)[: len(data)] + data[place + length :], place
+
+
+def swap(data, rng):
+    length = rng.randint(1, max(1, len(data) // 8))
+    one, other = sorted(rng.randrange(len(data)) for _ in range(2))
+    other = max(other, one + length)
+    between = data[one + length : other]
+    return data[:one] + data[other : other + length] + between + data[one : one + length] + data[other + length :], one
+
+
+MUTATIONS = (flip_bits, truncate, insert, remove, overwrite, swap)
+
+
+@functools.cache
+def picture(number, extension):
+    out = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (5, 4, 3), np.uint8)
+    Image.fromarray(pixels).resize((20, 16), Image.Resampling.BILINEAR).save(out, FORMATS[extension])
+    return out.getvalue()
+
+
+def write_tar(samples):
+    """The bytes of a tar of (extension, picture, column, caption), and up to where it must be whole for each."""
+    out, ends = io.BytesIO(), []
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, (extension, image, column, text) in enumerate(samples):
+            text = text if column == "txt" else b'{"caption": "' + text + b'"}'
+            for name, data in ((extension, image), (column, text)):
+                info = tarfile.TarInfo(f"{i}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            ends.append(out.tell() + 512)  # that a sample has no more members shows at the header after it
+    return out.getvalue()[: ends[-1] + 512], ends
+
+
+def write_tfrecord(samples):
+    """As `write_tar`, of tf.train.Example."""
+    out, ends = b"", []
+    for i, (extension, image, _, text) in enumerate(samples):
+        example = tf_example_pb2.Example()
+        for name, value in ((extension, image), ("caption", text), ("key", b"%d" % i)):
+            example.features.feature[name].bytes_list.value.append(value)
+        data = example.SerializeToString(deterministic=True)
+        for part in (struct.pack("<Q", len(data)), data):
+            crc = google_crc32c.value(part)
+            out += part + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+        ends.append(len(out))
+    return out, ends
+
+
+def write_parquet(samples):
+    """As `write_tar`; no sample need be whole, as what says where they are is at the end of the file."""
+    columns = {"key": [str(i) for i in range(len(samples))], "jpg": [image for _, image, *_ in samples]}
+    columns["caption"] = [text.decode(errors="replace") for *_, text in samples]
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), out, row_group_size=2)
+    return out.getvalue(), [2**30] * len(samples)
+
+
+WRITERS = {"webdataset": write_tar, "tfrecord": write_tfrecord, "parquet": write_parquet}
+
+
+def whole(extension):
+    return [(extension, picture(i, extension), "txt", b"picture %d" % i) for i in range(SAMPLES)]
+
+
+def damaged_shards(kind):
+    """(bytes, number of records or None where that is not certain, samples that are not touched) of each case."""
+    write = WRITERS[kind]
+    for seed, extension, mutate in itertools.product(range(30), FORMATS, MUTATIONS):
+        rng, samples = random.Random(f"picture {seed} {extension} {mutate.__name__}"), whole(extension)
+        samples[1] = (extension, mutate(samples[1][1], rng)[0], "txt", samples[1][3])
+        yield write(samples)[0], SAMPLES, (0, 2, 3)
+    for seed, column, mutate in itertools.product(range(15), ("txt", "json"), MUTATIONS):
+        rng, samples = random.Random(f"caption {seed} {column} {mutate.__name__}"), whole("png")
+        text = "pictures: 画像 \U0001f600 &amp; ünder\0".encode() * 5
+        samples[2] = ("png", samples[2][1], column, mutate(text, rng)[0])
+        yield write(samples)[0], SAMPLES, (0, 1, 3)
+    for seed, extension, mutate in itertools.product(range(40), ("jpg", "png"), MUTATIONS):
+        rng, (data, ends) = random.Random(f"shard {seed} {extension} {mutate.__name__}"), write(whole(extension))
+        data, place = mutate(data, rng)
+        if kind == "webdataset" and rng.random() < 0.5:  # headers, which are few of the bytes
+            header = rng.randrange(SAMPLES) * (ends[0] - 512)
+            data = data[:header] + mutate(data[header : header + 512] or b"0", rng)[0] + data[header + 512 :]
+            place = min(place, header)
+        yield data, None, [i for i, end in enumerate(ends) if end <= place]
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def prepared(request, tmp_path_factory):
+    """A pattern of the shards; of each case its records, what the decoding threads make of them, and what is known."""
+    folder, found = tmp_path_factory.mktemp(request.param), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "RETRY_AFTER", ())
+        for number, (data, count, untouched) in enumerate(damaged_shards(request.param)):
+            (folder / f"{number:05}.x").write_bytes(data)
+            source = readers.open_source(f"{request.param}:{folder}/{number:05}.x", CONFIG.data)
+            records = list(itertools.islice(readers.in_order(source, iter(range(1))), 100))
+            assert len(records) < 100
+            found.append((records, pipeline._prepare(records, CONFIG, TOKENIZER), count, untouched))
+        yield f"{request.param}:{folder}/*.x", found
+
+
+def test_each_damaged_record_is_used_or_counted_and_the_others_are_as_they_were(prepared):
+    _, cases = prepared
+    assert len(cases) > 1000
+    bad = 0
+    for records, samples, count, untouched in cases:
+        assert len(samples) == len(records) and (count is None or len(records) == count)
+        for sample in samples:
+            if isinstance(sample, str):
+                bad += 1
+                continue
+            image, tokens = sample
+            assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
+            assert tokens.shape == (LENGTH,) and tokens.dtype == np.int32
+        by_key = {record["key"].rpartition("/")[2]: i for i, record in enumerate(records)}
+        for i in untouched:
+            record, sample = records[by_key[str(i)]], samples[by_key[str(i)]]
+            assert record["image"] in {picture(i, extension) for extension in FORMATS}
+            assert record["texts"] == [f"picture {i}"] and not isinstance(sample, str)
+            np.testing.assert_array_equal(sample[1], TOKENIZER([f"picture {i}"], LENGTH)[0])
+    assert bad > 200  # or little was damaged
+
+
+def test_the_loader_counts_all_that_it_reads(prepared):
+    pattern, cases = prepared
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, train=pattern))
+    usable = sorted(
+        record["key"]
+        for records, samples, *_ in cases
+        for record, sample in zip(records, samples, strict=True)
+        if not isinstance(sample, str)
+    )
+    keys = []
+    for batch in pipeline.train_dataset(config, TOKENIZER, process_index=0, process_count=1):
+        keys += batch["keys"]
+        counts = batch["counts"]
+        assert counts["used"] == len(keys) and counts["read"] == len(keys) + sum(counts["bad"].values())
+        if len(keys) >= len(usable):
+            break
+    assert sorted(keys[: len(usable)]) == usable
+    assert counts["read"] >= sum(len(records) for records, *_ in cases) - 100
