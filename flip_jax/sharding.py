@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flip_jax import config as config_lib
@@ -41,7 +42,9 @@ def make_mesh(settings: config_lib.Mesh, devices: list[jax.Device] | None = None
             f"{len(devices)} devices of this run; choose sizes whose product does"
         )
     shape = (len(devices) // inner, settings.fsdp, settings.tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # jax.make_mesh would refuse sizes that do not match the axes of the machine's torus, such as 8 on 4x4x4 chips.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_shards(mesh: Mesh) -> int:
