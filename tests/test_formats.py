@@ -189,6 +189,40 @@ def test_csv_names_pictures_by_path(tmp_path, suffix, delimiter):
     ]
 
 
+@pytest.mark.parametrize(
+    "line, captions",
+    [
+        ('1.png,"left open', ["left open"]),
+        ('1.png,"closed" early', ["closed early"]),
+        ('1.png,"over\ntwo lines"', ["over\ntwo lines"]),
+        ('1.png,"' + "x" * 2**20 + 'x"', None),
+    ],
+)
+def test_a_quote_that_is_left_open_swallows_no_other_row(tmp_path, line, captions):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    path = tmp_path / "0.csv"
+    path.write_text(f'path,caption\n0.png,zero\n{line}\n2.png,"two"\n\n3.png,three\n')
+    found = records("csv", path)
+    texts = [[text.strip() for text in record["texts"]] if "texts" in record else None for record in found]
+    assert texts == [["zero"], captions, ["two"], ["three"]]
+    assert [record.get("bad") for record in found] == [None, None if captions else "no image", None, None]
+
+
+def test_a_csv_may_be_named_by_a_path_that_goes_up(tmp_path, monkeypatch):
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "0.csv").write_text("path,caption\n0.png,zero\n")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert [record.get("image") for record in records("csv", "../0.csv")] == [png(0)]
+
+
+def test_of_several_captions_the_first_that_holds_text_is_used(tmp_path):
+    json_text = b'{"caption": " ", "captions": [5, ""], "text": ["one", "two"]}'
+    path = write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.json", json_text), ("0.txt", b"last")])
+    assert [record["texts"] for record in records("webdataset", path)] == [["one", "two"]]
+
+
 def test_csv_without_the_columns_is_refused(tmp_path):
     path = tmp_path / "0.csv"
     path.write_text("url_of_picture,caption\na,b\n")

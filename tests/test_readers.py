@@ -196,6 +196,17 @@ def test_a_tar_cut_anywhere_gives_the_samples_before_and_one_count(tmp_path):
         assert len(before) <= complete + any(end <= cut <= -(-end // 512) * 512 for end in others), cut
 
 
+def test_nothing_after_zeros_is_lost_in_silence(tmp_path):
+    one, two = (write_tar(tmp_path / f"{i}.tar", samples(3, start=3 * i)) for i in range(2))
+    content = open(one, "rb").read()
+    (tmp_path / "joined.tar").write_bytes(content + open(two, "rb").read())
+    assert [record["label"] for record in records(tmp_path / "joined.tar")] == [0, 1, 2, 3, 4, 5]
+    with tarfile.open(one) as tar:
+        header = tar.getmember("00002.png").offset
+    (tmp_path / "zeroed.tar").write_bytes(content[:header] + bytes(512) + content[header + 512 :])
+    assert [record.get("bad") for record in records(tmp_path / "zeroed.tar")] == [None, None, "tar cut short"]
+
+
 def test_what_is_no_tar_is_counted_too(tmp_path):
     good = write_tar(tmp_path / "good.tar", samples(1))
     (tmp_path / "zipped.tar").write_bytes(gzip.compress(open(good, "rb").read()))

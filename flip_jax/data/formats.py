@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from flip_jax.config import Data
 from flip_jax.data import paths, tar
+from flip_jax.data.rows import rows
 from flip_jax.data.tar import Damaged
 
 _log = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ class WebDataset(Shards):
                     parts[extension] = file.read(size)
                     if len(parts[extension]) < size:
                         raise Damaged("tar cut short", f"in {key}.{extension}")
-            yield key, {"bad": bad} if bad else self._sample(parts), end
+            if key:
+                yield key, {"bad": bad} if bad else self._sample(parts), end
 
     def _sample(self, parts):
         try:
@@ -202,8 +204,8 @@ class Parquet(Shards):
         self._require(names, self._captions)
         columns = [name for name in (image, "key", *self._captions) if name in names]
         group, skip = 0, offset
-        while group < table.num_row_groups and skip >= (rows := table.metadata.row_group(group).num_rows):
-            group, skip = group + 1, skip - rows
+        while group < table.num_row_groups and skip >= (count := table.metadata.row_group(group).num_rows):
+            group, skip = group + 1, skip - count
         for batch in table.iter_batches(CHUNK, range(group, table.num_row_groups), columns, use_threads=False):
             for row in batch.slice(min(skip, batch.num_rows)).to_pylist():
                 number, offset = offset, offset + 1
@@ -232,24 +234,22 @@ class Csv:
                 paths.open_file(path) as file,
                 io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text,
             ):
-                try:
-                    rows = csv.reader(text, delimiter=delimiter)
-                    names = next(rows, [])
-                    image = [names.index(name) for name in PATH_COLUMNS if name in names][:1]
-                    captions = [names.index(name) for name in data.captions if name in names]
-                    if not image or not captions:
-                        raise ValueError(
-                            f"{path} needs a column {' or '.join(PATH_COLUMNS)}, and {' or '.join(data.captions)} "
-                            f"(config.data.captions); has {', '.join(names)}"
-                        )
-                    folder = path.rpartition("/")[0]
-                    while some := list(itertools.islice(rows, 2**16)):
-                        fields = ([row[i] if i < len(row) else "" for i in image + captions] for row in some if row)
-                        located = ([_located(name, folder), *texts] for name, *texts in fields)
-                        encoded = [[value.encode("utf-8", "surrogateescape") for value in row] for row in located]
-                        chunks.append(pyarrow.array(encoded, kind))
-                except csv.Error as error:
-                    raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
+                lines = rows(text, delimiter)
+                names = next(lines, [])
+                image = [names.index(name) for name in PATH_COLUMNS if name in names][:1]
+                captions = [names.index(name) for name in data.captions if name in names]
+                if not image or not captions:
+                    raise ValueError(
+                        f"{path} needs a column {' or '.join(PATH_COLUMNS)}, and {' or '.join(data.captions)} "
+                        f"(config.data.captions); has {', '.join(names)}"
+                    )
+                # Absolute, so that ".." can only come from a row.
+                folder = path.rpartition("/")[0] if paths.is_remote(path) else os.path.dirname(os.path.abspath(path))
+                while some := list(itertools.islice(lines, 2**16)):
+                    fields = ([row[i] if i < len(row) else "" for i in image + captions] for row in some)
+                    located = ([_located(name, folder), *texts] for name, *texts in fields)
+                    encoded = [[value.encode("utf-8", "surrogateescape") for value in row] for row in located]
+                    chunks.append(pyarrow.array(encoded, kind))
         self._rows = pyarrow.concat_arrays(chunks) if chunks else []
 
     def __len__(self) -> int:
@@ -326,9 +326,12 @@ class Tfds:
 
     def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
         """The picked records."""
-        rows = self._rows.__getitems__([index for index, _ in picks])
-        for (index, epoch), row in zip(picks, rows, strict=True):
+        stored = self._rows.__getitems__([index for index, _ in picks])
+        for (index, epoch), row in zip(picks, stored, strict=True):
             fields = _example(row)
+            if fields is None:
+                yield {"key": str(index), "epoch": epoch, "bad": "not an Example"}, END
+                continue
             label = fields["label"][0] if self.class_names else None
             texts = fields.get(self._text) or []
             if not self._text:
@@ -349,20 +352,23 @@ KINDS: dict[str, Callable[[str, Data], Any]] = {
 def _sample(image, captions, label=None):
     """The rest of a record: of the captions (a string, bytes, or several) the first that are not empty."""
     image = image.get("bytes") if isinstance(image, dict) else image
-    texts = next((value for value in captions if value), [])
-    texts = texts if isinstance(texts, list) else [texts]
     if not image or not isinstance(image, bytes):
         return {"bad": "no image"}
-    if len(image) > MAX_IMAGE or any(len(text) > MAX_TEXT for text in texts if isinstance(text, str | bytes)):
-        return {"bad": "too large"}
     try:
-        # Text from JSON may hold halves of characters, which cannot be encoded.
-        encoded = [
-            text if isinstance(text, bytes) else text.encode() for text in texts if isinstance(text, str | bytes)
-        ]
-        return {"image": image, "texts": [text.decode() for text in encoded if text.strip()], "label": label}
+        texts = next(filter(None, map(_texts, captions)), [])
     except UnicodeError:
         return {"bad": "caption is not UTF-8"}
+    if len(image) > MAX_IMAGE or any(len(text) > MAX_TEXT for text in texts):
+        return {"bad": "too large"}
+    return {"image": image, "texts": texts, "label": label}
+
+
+def _texts(value):
+    """The captions of a string, bytes or a list of them, but blank ones. UnicodeError if one is not UTF-8."""
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str | bytes)]
+    # Text from JSON may hold halves of characters, which cannot be encoded.
+    encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
+    return [text.decode() for text in encoded if text.strip()]
 
 
 def _example(data):
