@@ -257,7 +257,7 @@ Written by `python -m flip_jax.aot --table=docs/scale.md`, which compiles the tr
 65,536, with the first of these settings that leaves 10 % of the memory free: {ladder}.
 Memory is per device, of what the compiler grants. Time and MFU are bounds of the compiled program, not measurements:
 the longest of matrix products at peak rate, memory traffic and links at full bandwidth. Collectives are those of one
-step, with the megabytes that each device holds of them. Delete a row to measure it again.
+step, with the megabytes that each device holds of them. The command adds the rows that are missing.
 
 | recipe | slice | devices | mask | settings | fits | GiB | of | step, ms | bound | MFU | collectives, MB | compile, s |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
