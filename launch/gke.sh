@@ -15,13 +15,10 @@ need_count SLICES CHIPS_PER_HOST
 [[ $NFS == *:/* ]] || die "NFS=$NFS is not SERVER:/PATH"
 
 run() {
-    local chips=$((${TOPOLOGY//x/*})) flags=("${TPU_XLA_FLAGS[@]}")
+    local chips=$((${TOPOLOGY//x/*})) manifest
     ((chips % CHIPS_PER_HOST == 0)) || die "TOPOLOGY=$TOPOLOGY: $chips chips are not hosts of $CHIPS_PER_HOST chips each"
-    [[ $ACCELERATOR != tpu-v5-lite-* ]] || flags+=("${TPU_V5E_XLA_FLAGS[@]}")
-    ((SLICES == 1)) || flags+=("${TPU_MULTISLICE_XLA_FLAGS[@]}")
-    local manifest
     manifest=$(
-        export NAME IMAGE ACCELERATOR TOPOLOGY NFS SLICES CHIPS_PER_HOST LIBTPU_INIT_ARGS="${flags[*]}"
+        export NAME IMAGE ACCELERATOR TOPOLOGY NFS SLICES CHIPS_PER_HOST LIBTPU_INIT_ARGS="${TPU_XLA_FLAGS[*]}"
         HOSTS=$((chips / CHIPS_PER_HOST)) python3 "$here/jobset.py" "$@"
     )
     if "$DRY_RUN"; then printf '%s\n' "$manifest"; fi

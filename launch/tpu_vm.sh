@@ -65,10 +65,7 @@ install() {
 }
 
 run() {
-    local flags=("${TPU_XLA_FLAGS[@]}")
-    [[ $ACCELERATOR != v5lite* ]] || flags+=("${TPU_V5E_XLA_FLAGS[@]}")
-    ((SLICES == 1)) || flags+=("${TPU_MULTISLICE_XLA_FLAGS[@]}")
-    remote "${all[@]}" -- flip_jax/launch/worker.sh run "${flags[*]}" "$@"
+    remote "${all[@]}" -- flip_jax/launch/worker.sh run "${TPU_XLA_FLAGS[*]}" "$@"
 }
 
 result() {

@@ -201,14 +201,10 @@ def test_run_gives_settings_on_unchanged(desk):
     check_run(desk.words()[0], SETTINGS, flags("TPU_XLA_FLAGS"))
 
 
-def test_several_slices_and_v5e_have_their_own_flags(desk):
-    variables = TPU | {"ACCELERATOR": "v5litepod-256", "SLICES": "4"}
+def test_several_slices_are_one_request(desk):
     desk.answer("describe", "ACTIVE")
-    assert desk.run("tpu_vm", "create", **variables).returncode == 0
-    assert desk.words()[0][-2:] == ["--node-count=4", "--node-prefix=flip"]
-    assert desk.run("tpu_vm", "run", *SETTINGS, **variables).returncode == 0
-    expected = flags("TPU_XLA_FLAGS") + flags("TPU_V5E_XLA_FLAGS") + flags("TPU_MULTISLICE_XLA_FLAGS")
-    check_run(desk.words()[-1], SETTINGS, expected)
+    assert desk.run("tpu_vm", "create", SLICES="4", **TPU).returncode == 0
+    assert desk.words() == [create(node=["--node-count=4", "--node-prefix=flip"]), DESCRIBE, ssh("true")]
 
 
 def test_watch_makes_everything_anew_after_a_preemption(desk):
@@ -318,8 +314,7 @@ def test_gke_applies_a_jobset(desk):
     read = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes does
     assert read == ["python", "main.py", "--distributed", *SETTINGS]
     assert container["resources"]["limits"] == {"google.com/tpu": "4"}
-    expected = flags("TPU_XLA_FLAGS") + flags("TPU_MULTISLICE_XLA_FLAGS")
-    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": " ".join(expected)}]
+    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": " ".join(flags("TPU_XLA_FLAGS"))}]
 
 
 def test_gke_dry_run_prints_the_manifest(desk):
@@ -387,10 +382,8 @@ device = topologies.get_topology_desc(platform="tpu", topology_name={topology!r}
 place = jax.sharding.SingleDeviceSharding(device)
 jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((128, 128), "float32", sharding=place)).compile()
 """
-    given = flags("TPU_XLA_FLAGS") + flags("TPU_MULTISLICE_XLA_FLAGS")
-    given += flags("TPU_V5E_XLA_FLAGS") if topology.startswith("v5e") else []
     env = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    ok, error = accepts(env | {"LIBTPU_INIT_ARGS": " ".join(given)}, program)
+    ok, error = accepts(env | {"LIBTPU_INIT_ARGS": " ".join(flags("TPU_XLA_FLAGS"))}, program)
     assert ok, error
 
 
