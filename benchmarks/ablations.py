@@ -6,17 +6,14 @@ again; a run that was stopped goes on from its checkpoint. Seeds come one after 
 """
 
 import dataclasses
-import importlib
-import json
 import pathlib
 from collections.abc import Iterator
 
-import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from flip_jax import checkpoint, evaluators, inference, train
-from flip_jax import config as config_lib
+from benchmarks import emoji_runs, pages
+from flip_jax import inference
 from flip_jax.config import Config
 from flip_jax.data import emoji
 
@@ -25,24 +22,19 @@ _RESULTS = flags.DEFINE_string("results", "docs/ablations.jsonl", "One line for 
 _TABLE = flags.DEFINE_string("table", "docs/ablations.md", "Where the table is written")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each row")
 
-SAMPLES = 25_600
-TASK = "zeroshot/emoji"
-RECIPE = f"total_samples={SAMPLES},warmup_samples=2560,eval.every_steps=0,checkpoint.every_steps=0,"
-MASK_75 = "model.image.mask_ratio=0.75,global_batch_size=512"
+MASK_50, MASK_75 = emoji_runs.MASKS["mask 0.5"], emoji_runs.MASKS["mask 0.75"]
 DECODER = "model.decoder.weight=0.5,model.decoder.width=64,model.decoder.depth=1,model.decoder.heads=2"
 # A tenth of the samples at a tenth of the rate; the paper's is a twentieth at a hundredth.
-TUNING = f"model.image.mask_ratio=0,total_samples={SAMPLES // 10},warmup_samples=256,optim.base_learning_rate=1.5e-4,"
+TUNING = f"total_samples={emoji_runs.SAMPLES // 10},warmup_samples={emoji_runs.SAMPLES // 100},"
+TUNING += "optim.base_learning_rate=1.5e-4,model.image.mask_ratio=0,"
 
-# Row: (settings, row whose weights it starts from). The batch doubles from mask to mask, as in the paper's table 1a.
-RUNS = {
-    "mask 0": ("model.image.mask_ratio=0,global_batch_size=128", None),
-    "mask 0.5": ("model.image.mask_ratio=0.5,global_batch_size=256", None),
-    "mask 0.75": (MASK_75, None),
+# Row: (settings, row whose weights it starts from).
+RUNS = {run: (changes, None) for run, changes in emoji_runs.MASKS.items()} | {
     "text random": (MASK_75 + ",model.text.mask=random,model.text.mask_ratio=0.5", None),
     "text prioritised": (MASK_75 + ",model.text.mask=prioritised,model.text.mask_ratio=0.5", None),
     "mask 0.5, tuned": (TUNING + "global_batch_size=256", "mask 0.5"),
     "mask 0.75, tuned": (TUNING + "global_batch_size=256", "mask 0.75"),
-    "mask 0.5, reconstruction": ("model.image.mask_ratio=0.5,global_batch_size=256," + DECODER, None),
+    "mask 0.5, reconstruction": (MASK_50 + "," + DECODER, None),
     "mask 0.75, reconstruction": (MASK_75 + "," + DECODER, None),
 }
 INFERENCE = {"mask 0.5": ("masked", "ensemble"), "mask 0.75": ("masked", "ensemble")}
@@ -80,11 +72,8 @@ little in common but the method: what to compare is the order within a table, an
 def settings(run: str, seed: int, workdir: pathlib.Path) -> Config:
     """Of one training run."""
     changes, start = RUNS[run]
-    values = importlib.import_module("configs.flip_emoji").get_config(RECIPE + changes)
-    values.seed, values.data.tfds_dir = seed, str(workdir / "data")
-    if start:
-        values.init_from = str(folder(start, seed, workdir))
-    return config_lib.from_config_dict(values)
+    config = emoji_runs.settings(emoji_runs.SAMPLES, changes, seed, workdir)
+    return dataclasses.replace(config, init_from=str(folder(start, seed, workdir))) if start else config
 
 
 def folder(run: str, seed: int, workdir: pathlib.Path) -> pathlib.Path:
@@ -94,43 +83,29 @@ def folder(run: str, seed: int, workdir: pathlib.Path) -> pathlib.Path:
 
 def scores(run: str, config: Config, path: pathlib.Path) -> Iterator[dict[str, float | str]]:
     """Trains, or goes on, and evaluates: one result for each kind of inference."""
-    fit(config, path)
+    emoji_runs.fit(config, path)
     encoder = inference.load(path)
     for mask in ("intact", *INFERENCE.get(run, ())):
-        found = evaluators.evaluate(
-            encoder, TASK, dataclasses.replace(config, eval=dataclasses.replace(config.eval, mask=mask))
-        )
         name = run if mask == "intact" else f"{run}, {mask}"
-        yield {"result": name, "seed": config.seed, "top1": found["top1"], "top5": found["top5"]}
-
-
-def fit(config: Config, path: pathlib.Path) -> None:
-    """Trains to the end, or stops the program where SIGTERM stopped the training."""
-    train.train(config, path)
-    if checkpoint.newest(str(path)).name != str(config.total_steps):
-        raise SystemExit("stopped; run the same command to go on")
+        yield {"result": name, "seed": config.seed, **emoji_runs.score(encoder, config, mask)}
 
 
 def write_table(lines: list[dict], path: pathlib.Path) -> None:
-    """The table of all results that there are, and a closing word if `path` had one."""
+    """The table of all results that there are."""
     seeds = len({line["seed"] for line in lines})
-    text = HEADER.format(samples=SAMPLES, seeds=seeds)
+    text = HEADER.format(samples=emoji_runs.SAMPLES, seeds=seeds)
     for table, row, result, paper in TABLE:
         found = [line for line in lines if line["result"] == result]
         if found:
-            top1, top5 = (
-                f"{np.mean(v):.2f} ± {np.std(v, ddof=1) if len(v) > 1 else float('nan'):.2f}"
-                for v in ([line[key] for line in found] for key in ("top1", "top5"))
-            )
+            top1, top5 = (pages.mean_and_spread([line[key] for line in found]) for key in ("top1", "top5"))
             text += f"| {table} | {row} | {top1} | {top5} | {len(found)} | {paper} |\n"
-    _, mark, word = path.read_text().partition("\n## ") if path.exists() else ("", "", "")
-    path.write_text(text + mark + word)
+    pages.write(path, text)
 
 
 def main(_) -> None:
     workdir, path = pathlib.Path(_WORKDIR.value).absolute(), pathlib.Path(_RESULTS.value)
     emoji.prepare(str(workdir / "data"))
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = pages.read(path)
     todo = [
         (run, seed)
         for seed in range(_SEEDS.value)
@@ -140,11 +115,10 @@ def main(_) -> None:
     for run, seed in tqdm(todo, desc="runs"):
         start = RUNS[run][1]
         if start and not (folder(start, seed, workdir) / "checkpoints").is_dir():
-            fit(settings(start, seed, workdir), folder(start, seed, workdir))
+            emoji_runs.fit(settings(start, seed, workdir), folder(start, seed, workdir))
         found = list(scores(run, settings(run, seed, workdir), folder(run, seed, workdir)))
         lines += found
-        with path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in found)
+        pages.append(path, found)
         write_table(lines, pathlib.Path(_TABLE.value))
 
 

@@ -12,9 +12,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from flip_jax import masking
+
+if typing.TYPE_CHECKING:  # a training step needs dataclasses alone
+    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,13 +225,13 @@ RESUMABLE_CHANGES = (
 )
 
 
-def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
+def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
     """Turns a ConfigDict (or a nested mapping) into a checked `Config`.
 
     Raises:
       ValueError: an unknown key, a value of the wrong type, or settings that contradict each other.
     """
-    config = _build(Config, values.to_dict() if isinstance(values, ConfigDict) else values, "")
+    config = _build(Config, values.to_dict() if hasattr(values, "to_dict") else values, "")
     _check(config)
     return config
 

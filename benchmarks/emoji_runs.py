@@ -1,0 +1,40 @@
+"""Small runs on the embedded emoji, trained and tested zero-shot: what ablations.py and tradeoff.py share."""
+
+import dataclasses
+import importlib
+import pathlib
+
+from flip_jax import checkpoint, evaluators, inference, train
+from flip_jax import config as config_lib
+from flip_jax.config import Config
+
+TASK = "zeroshot/emoji"
+SAMPLES = 25_600  # of each of the ablations
+# The batch doubles from mask to mask, and the learning rate with it, as in the paper's table 1a.
+MASKS = {
+    "mask 0": "model.image.mask_ratio=0,global_batch_size=128",
+    "mask 0.5": "model.image.mask_ratio=0.5,global_batch_size=256",
+    "mask 0.75": "model.image.mask_ratio=0.75,global_batch_size=512",
+}
+
+
+def settings(samples: int, changes: str, seed: int, workdir: pathlib.Path) -> Config:
+    """Of a run of `samples` samples, a tenth of them warm-up, whose data lie in WORKDIR/data."""
+    recipe = f"total_samples={samples},warmup_samples={samples // 10},eval.every_steps=0,checkpoint.every_steps=0,"
+    values = importlib.import_module("configs.flip_emoji").get_config(recipe + changes)
+    values.seed, values.data.tfds_dir = seed, str(workdir / "data")
+    return config_lib.from_config_dict(values)
+
+
+def fit(config: Config, path: pathlib.Path) -> None:
+    """Trains to the end, goes on where an earlier call was stopped, or stops the program where SIGTERM stopped it."""
+    train.train(config, path)
+    if checkpoint.newest(str(path)).name != str(config.total_steps):
+        raise SystemExit("stopped; run the same command to go on")
+
+
+def score(encoder: inference.Encoder, config: Config, mask: str = "intact") -> dict[str, float]:
+    """Zero-shot top1 and top5, in percent, of pictures seen as `mask` says."""
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, mask=mask))
+    found = evaluators.evaluate(encoder, TASK, config)
+    return {"top1": found["top1"], "top5": found["top5"]}

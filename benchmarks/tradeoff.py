@@ -1,0 +1,248 @@
+"""The paper's figure 1, small: python -m benchmarks.tradeoff --workdir=DIR [--measure]
+
+Trains a FLIP on the embedded emoji without masking, with half and with three quarters of the patches masked, for
+several lengths each, and draws the zero-shot accuracy on another vendor's drawings against the time of training. A
+result is a line of --results and is not trained again; a run that was stopped goes on from its checkpoint. Runs of
+--ablations (docs/ablations.jsonl) that are the same are taken from there.
+
+The time of a run is its steps times the seconds of one, which --measure takes on a machine that should do nothing else:
+the three settings in turn, round after round, with the input pipeline. The median counts of all rounds of all calls;
+without any, the training ends with one. Compiling, evaluating and saving are left out.
+"""
+
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from benchmarks import emoji_runs, pages
+from flip_jax import inference, sharding, train_step
+from flip_jax.config import Config
+from flip_jax.data import emoji, pipeline
+from flip_jax.data.tokenizer import Tokenizer
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and the data set", required=True)
+_RESULTS = flags.DEFINE_string("results", "docs/tradeoff.jsonl", "One line for each result")
+_ABLATIONS = flags.DEFINE_string("ablations", "docs/ablations.jsonl", "Results of benchmarks.ablations")
+_TABLE = flags.DEFINE_string("table", "docs/tradeoff.md", "Where the table is written")
+_CHART = flags.DEFINE_string("chart", "docs/images/tradeoff.png", "Where the chart is drawn")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each row")
+_MEASURE = flags.DEFINE_bool("measure", False, "Measure the time of a step and train nothing")
+
+# Masked runs may be longer: a sample costs them less. An accelerator trains a larger model, and for longer.
+LENGTHS = {"mask 0": (1, 2, 4), "mask 0.5": (1, 2, 4, 8), "mask 0.75": (1, 2, 4, 8)}
+LARGE = (
+    ",model.image.width=384,model.image.depth=12,model.image.heads=6,model.text.width=256,model.text.depth=4"
+    ",model.text.heads=4,model.embed_dim=256,model.dtype=bfloat16,model.unroll=false,optim.base_learning_rate=5e-4"
+)
+SIZES = {"small": ("", 12_800), "large": (LARGE, 102_400)}  # what is changed, and samples of the shortest runs
+ROUNDS, TURN = 4, 4096  # of a measurement, and samples of each setting's turn in a round
+PAPER = 3.7  # L/16 on LAION-400M, 256 TPU v3 cores; figure 1
+HEADER = """# Accuracy against time
+
+Written by `python -m benchmarks.tradeoff --workdir=DIR`: the paper's figure 1 with a FLIP of {width} x {depth} layers
+on 64 px emoji, zero-shot on the 1,890 classes of another vendor's drawings, in percent, mean and standard deviation
+over seeds. Batches of 128, 256 and 512 at mask 0, 0.5 and 0.75, as in the paper's table 1a; each length is a run of its
+own with its own schedule. Time is steps times the median seconds of one: {steps} ({rounds} rounds in turn on {device},
+input pipeline included). Compiling, evaluating and saving are left out.
+
+![Accuracy against time](images/tradeoff.png)
+
+| mask | samples | seconds | top-1 | top-5 | seeds |
+|---|---|---|---|---|---|
+"""
+SPEED_UP = """
+Speed-up: the time of the longest unmasked run over the time that a masked one needs for its accuracy, by straight lines
+between the means; in brackets each seed by itself. The paper's {paper} is that of L/16 on LAION-400M at its baseline's
+best accuracy.
+
+| mask | at top-1 | at top-5 | paper |
+|---|---|---|---|
+"""
+
+
+def time_to(points: Sequence[tuple[float, float]], accuracy: float) -> float | None:
+    """When the (time, accuracy) points, joined by straight lines, first reach `accuracy`; None: never.
+
+    That of the first point, if it is beyond already, though a shorter run might do.
+    """
+    points = sorted(points)
+    if points and points[0][1] >= accuracy:
+        return points[0][0]
+    for (start, low), (end, high) in zip(points, points[1:], strict=False):
+        if high >= accuracy:
+            return start + (end - start) * (accuracy - low) / (high - low)
+    return None
+
+
+def speed_up(baseline: Sequence[tuple[float, float]], points: Sequence[tuple[float, float]]) -> float | None:
+    """The time of the baseline's last point over that which `points` need for its accuracy; None: not reached."""
+    end, accuracy = max(baseline)
+    needed = time_to(points, accuracy)
+    return needed and end / needed
+
+
+def step_seconds(settings: dict[str, Config]) -> dict[str, list[float]]:
+    """Seconds of a training step of each run, one figure a round; the runs take turns."""
+    mesh, loops, seconds = sharding.make_mesh(next(iter(settings.values())).mesh), {}, {run: [] for run in settings}
+    with jax.set_mesh(mesh):
+        for run, config in tqdm(settings.items(), desc="compiling"):
+            tokenizer = Tokenizer.train(pipeline.caption_sample(config), config.model.text.vocab_size)
+            batches = iter(pipeline.train_dataset(config, tokenizer, process_index=0, process_count=1))
+            program = train_step.make_program(config, mesh)
+            program = program._replace(step=train_step.lower(program, config, mesh).compile())
+            loops[run] = config.global_batch_size, batches, program, program.init()
+        for turn in tqdm(range(ROUNDS + 1), desc="rounds"):
+            for run, (size, batches, program, state) in loops.items():
+                for step in range(TURN // size):
+                    if step == pipeline.PREFETCH + 1:  # what was loaded while others had their turn is used up
+                        start = time.perf_counter()
+                    batch = next(batches)
+                    arrays = sharding.to_devices(mesh, *(batch[name] for name in program.inputs))
+                    state = jax.block_until_ready(program.step(state, *arrays))[0]
+                loops[run] = size, batches, program, state
+                if turn:  # the first warms up
+                    seconds[run].append((time.perf_counter() - start) / (TURN // size - pipeline.PREFETCH - 1))
+    return seconds
+
+
+def settings(size: str, run: str, samples: int, seed: int, workdir: pathlib.Path) -> Config:
+    """Of one training run."""
+    return emoji_runs.settings(samples, emoji_runs.MASKS[run] + SIZES[size][0], seed, workdir)
+
+
+def missing(scores: list[dict], size: str, seeds: int) -> list[tuple[str, int, int]]:
+    """(run, samples, seed) of all runs without a result, seed after seed; last, those that ablations.py trains, too."""
+    runs = [
+        (run, length * SIZES[size][1], seed)
+        for seed in range(seeds)
+        for run, lengths in LENGTHS.items()
+        for length in lengths
+    ]
+    done = {(line["result"], line["samples"], line["seed"]) for line in scores}
+    return sorted(set(runs) - done, key=lambda run: (run[1] == emoji_runs.SAMPLES, runs.index(run)))
+
+
+def read(size: str) -> tuple[list[dict], list[dict]]:
+    """All accuracies, and all measurements of the steps' time."""
+    lines = [line for line in pages.read(pathlib.Path(_RESULTS.value)) if line["size"] == size]
+    scores = [line for line in lines if line["result"] in emoji_runs.MASKS]
+    if size == "small":
+        shared = pages.read(pathlib.Path(_ABLATIONS.value))
+        scores += [line | {"samples": emoji_runs.SAMPLES} for line in shared if line["result"] in emoji_runs.MASKS]
+    return scores, [line for line in lines if line["result"] == "step seconds"]
+
+
+def show(size: str) -> None:
+    """Writes the table and draws the chart of the results that there are, once the steps' time is known."""
+    scores, measured = read(size)
+    if not (scores and measured):
+        return
+    seconds = {run: float(np.median([t for line in measured for t in line[run]])) for run in emoji_runs.MASKS}
+    runs = {run: settings(size, run, SIZES[size][1], 0, pathlib.Path()) for run in emoji_runs.MASKS}
+    image = runs["mask 0"].model.image
+    text = HEADER.format(
+        width=image.width,
+        depth=image.depth,
+        steps=", ".join(f"{1000 * seconds[run]:.0f} ms at {run}" for run in runs),
+        rounds=sum(len(line["mask 0"]) for line in measured),
+        device=measured[-1]["device"],
+    )
+    curves = {key: {run: [] for run in runs} for key in ("top1", "top5")}  # (time, {seed: accuracy})
+    for run, samples in sorted({(line["result"], line["samples"]) for line in scores}):
+        found = [line for line in scores if (line["result"], line["samples"]) == (run, samples)]
+        trained = samples // runs[run].global_batch_size * seconds[run]
+        for key, curve in curves.items():
+            curve[run].append((trained, {line["seed"]: line[key] for line in found}))
+        top1, top5 = (pages.mean_and_spread([line[key] for line in found]) for key in curves)
+        text += f"| {run.removeprefix('mask ')} | {samples:,} | {trained:.0f} | {top1} | {top5} | {len(found)} |\n"
+    if curves["top1"]["mask 0"]:
+        text += SPEED_UP.format(paper=PAPER)
+        for run in list(runs)[1:]:
+            ratios = (speed_ups(curve["mask 0"], curve[run]) for curve in curves.values())
+            text += f"| {run.removeprefix('mask ')} | {' | '.join(ratios)} | {PAPER} |\n"
+    pages.write(pathlib.Path(_TABLE.value), text)
+    draw(curves, pathlib.Path(_CHART.value))
+
+
+Curve = list[tuple[float, dict[int, float]]]  # the time of a length, and the accuracy that each seed reached
+
+
+def means(curve: Curve) -> list[tuple[float, float]]:
+    """(time, mean accuracy) of each length."""
+    return [(seconds, float(np.mean(list(by_seed.values())))) for seconds, by_seed in curve]
+
+
+def speed_ups(baseline: Curve, masked: Curve) -> str:
+    """That of the means, and in brackets those of the seeds that the longest baseline was trained with."""
+
+    def shown(ratio: float | None) -> str:
+        return "not reached" if ratio is None else f"{ratio:.2f}"
+
+    def of_seed(curve: Curve, seed: int) -> list[tuple[float, float]]:
+        return [(seconds, by_seed[seed]) for seconds, by_seed in curve if seed in by_seed]
+
+    seeds = sorted(max(baseline, key=lambda point: point[0])[1])
+    each = [shown(speed_up(of_seed(baseline, seed), of_seed(masked, seed))) for seed in seeds]
+    return f"{shown(speed_up(means(baseline), means(masked)))} ({', '.join(each)})"
+
+
+def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
+    """Accuracy against time, one panel for each measure; a dashed line is the longest unmasked run's accuracy."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, (key, by_run) in zip(panels, curves.items(), strict=True):
+        for run, curve in by_run.items():
+            if curve:
+                times, values = zip(*((seconds, list(found.values())) for seconds, found in curve), strict=True)
+                spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+                label = run
+                if run != "mask 0" and (ratio := speed_up(means(by_run["mask 0"]), means(curve))):
+                    label += f": {ratio:.2f}x faster"
+                axes.errorbar(times, [np.mean(v) for v in values], spread, marker="o", capsize=3, label=label)
+        axes.axhline(max(means(by_run["mask 0"]))[1], color="grey", linestyle="--", linewidth=0.8)
+        axes.set(xscale="log", xlabel="seconds of training", ylabel=f"zero-shot {key.replace('top', 'top-')} (%)")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(title=f"the paper: {PAPER}x")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def measure(size: str, workdir: pathlib.Path) -> None:
+    """Adds a line with the seconds of a step."""
+    runs = {run: settings(size, run, SIZES[size][1], 0, workdir) for run in emoji_runs.MASKS}
+    kind = f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    line = {"result": "step seconds", "size": size, "device": kind} | step_seconds(runs)
+    pages.append(pathlib.Path(_RESULTS.value), [line])
+
+
+def main(_) -> None:
+    plt.switch_backend("agg")
+    workdir, size = pathlib.Path(_WORKDIR.value).absolute(), "small" if jax.default_backend() == "cpu" else "large"
+    emoji.prepare(str(workdir / "data"))
+    if _MEASURE.value:
+        measure(size, workdir)
+    else:
+        progress = tqdm(total=len(missing(read(size)[0], size, _SEEDS.value)), desc="runs")
+        while todo := missing(read(size)[0], size, _SEEDS.value):
+            run, samples, seed = todo[0]
+            config = settings(size, run, samples, seed, workdir)
+            path = workdir / size / run.replace(" ", "_") / str(samples) / str(seed)
+            emoji_runs.fit(config, path)
+            found = emoji_runs.score(inference.load(path), config)
+            line = {"result": run, "size": size, "samples": samples, "seed": seed} | found
+            pages.append(pathlib.Path(_RESULTS.value), [line])
+            show(size)
+            progress.update()
+        if not read(size)[1]:
+            measure(size, workdir)
+    show(size)
+
+
+if __name__ == "__main__":
+    app.run(main)
