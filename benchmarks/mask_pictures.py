@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from flip_jax import masking
 from flip_jax.models.vit import patchify
+from flip_jax.snapshot import kept_patches
 
 SIZE, PATCH, KEEP = 224, 16, 49
 CAPTIONS = (
@@ -26,13 +27,6 @@ CAPTIONS = (
 )
 
 
-def kept_patches(image: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The picture with all other patches in light grey."""
-    side = SIZE // PATCH
-    shown = np.isin(np.arange(side**2), positions).reshape(side, side)
-    return np.where(np.kron(shown, np.ones((PATCH, PATCH), bool))[:, :, None], image, np.uint8(225))
-
-
 def draw(out: str) -> None:
     """The intact picture, and what each strategy keeps of it at a mask ratio of 0.75."""
     with cbook.get_sample_data("grace_hopper.jpg") as file:
@@ -40,7 +34,7 @@ def draw(out: str) -> None:
     patches = patchify(image[None], PATCH)
     shown = {"intact": image}
     for name, strategy in masking.STRATEGIES.items():
-        shown[name] = kept_patches(image, np.asarray(strategy(jax.random.key(1), patches, KEEP)[0]))
+        shown[name] = kept_patches(image, np.asarray(strategy(jax.random.key(1), patches, KEEP)[0]), PATCH)
     margin = [(SIZE // 4, SIZE // 4)] * 2 + [(0, 0)]
     shown["resize"] = np.pad(masking.resize(image[None], SIZE // 2)[0], margin, constant_values=255)
     figure, grid = plt.subplots(2, 4, figsize=(9.6, 5.2), layout="constrained")

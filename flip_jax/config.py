@@ -181,6 +181,7 @@ class Log:
     """Write metrics every `every_steps`; nothing is fetched from the devices in between."""
 
     every_steps: int = 50
+    wandb: str = ""  # a project of Weights & Biases, which then gets all that TensorBoard does
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,16 @@
-"""What a run reports: metrics.jsonl always, TensorBoard where clu's writer can be imported, and a progress line."""
+"""What a run reports: metrics.jsonl always, other writers (see writers.py) as there are any, and a progress line."""
 
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from etils import epath
 
-from flip_jax.config import Model
-
-_log = logging.getLogger(__name__)
+from flip_jax import writers
+from flip_jax.config import Config, Model
 
 # Peak bf16 FLOP/s of one device as jax counts them (a TPU v2 or v3 device is one core). Makers' data sheets.
 PEAK_FLOPS = {
@@ -51,25 +50,20 @@ def peak_flops() -> float | None:
 
 
 class Writer:
-    """Adds scalars to WORKDIR/metrics.jsonl and TensorBoard; on other processes than the first it does nothing.
+    """Adds to WORKDIR/metrics.jsonl, and gives to the other writers; on all processes but the first it does nothing.
 
     Lines of steps after `step` (of a run that was killed and goes on from there) are dropped first.
     """
 
-    def __init__(self, workdir: epath.Path, step: int):
-        self._path = self._tensorboard = None
+    def __init__(self, workdir: epath.Path, step: int, config: Config):
+        self._path, self.others = None, []
         if jax.process_index():
             return
         self._path = workdir / "metrics.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._text = "".join(line + "\n" for line in lines if _step(line) <= step)
         self._path.write_text(self._text)
-        try:
-            from clu import metric_writers  # imports TensorFlow, which training does without
-        except ImportError:
-            _log.info("TensorBoard is off: clu's writer needs TensorFlow (pip install tensorflow)")
-        else:
-            self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+        self.others = writers.open_writers(workdir, config)
 
     def write(self, step: int, scalars: Mapping[str, float]):
         """One line {"step": step, name: value, ...}."""
@@ -81,13 +75,19 @@ class Writer:
             else:
                 with open(self._path, "a") as file:
                     file.write(line)
-        if self._tensorboard:
-            self._tensorboard.write_scalars(step, scalars)
+        for other in self.others:
+            other.write_scalars(step, scalars)
+
+    def draw(self, step: int, histograms: Mapping[str, np.ndarray], images: Mapping[str, np.ndarray]):
+        """Arrays of any shape whose values are counted, and uint8 pictures [N, S, S, 3], for the other writers."""
+        for other in self.others:
+            other.write_histograms(step, histograms)
+            other.write_images(step, images)
 
     def close(self):
-        """Flushes and closes TensorBoard's file."""
-        if self._tensorboard:
-            self._tensorboard.close()
+        """Flushes and closes the other writers."""
+        for other in self.others:
+            other.close()
 
 
 def _step(line: str) -> float:

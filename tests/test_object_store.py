@@ -5,6 +5,7 @@ import pytest
 from etils import epath
 
 from flip_jax import checkpoint, metrics
+from flip_jax.config import Config
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def bucket(monkeypatch):
 
 def test_metrics_are_added_without_appending_and_those_of_lost_steps_dropped(bucket):
     for start, steps in ((0, (4, 8)), (4, (8, 12))):
-        writer = metrics.Writer(bucket, start)
+        writer = metrics.Writer(bucket, start, Config())
         for step in steps:
             writer.write(step, {"loss": float(start)})
         writer.close()
