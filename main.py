@@ -1,10 +1,14 @@
 """Trains FLIP: python main.py --config=configs/flip_l16.py --workdir=DIR --config.data.train=webdataset:PATTERN"""
 
+# ruff: noqa: E402
+import time
+
+STARTED = time.perf_counter()  # before the other imports, which take seconds
+
 import logging
 import os
 import pathlib
 import sys
-import time
 import traceback
 
 import jax
@@ -12,8 +16,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import flip_jax
+from flip_jax import compile_cache, train
 from flip_jax import config as config_lib
-from flip_jax import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py[:key=value,...]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and reports", required=True)
@@ -32,12 +36,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("flip_jax").setLevel(logging.INFO)
+    compile_cache.enable()
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, heartbeat_timeout_seconds=LOST_AFTER
         )
     try:
-        train.train(config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value)
+        train.train(config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value, STARTED)
     except Exception as error:
         # What this package refuses, or a file is to blame for, says all there is to say; other errors keep their trace.
         last = traceback.extract_tb(error.__traceback__)[-1].filename

@@ -1,8 +1,20 @@
 """FLIP: fast language-image pre-training with masked patches, in JAX."""
 
-from flip_jax.config import Config
-from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.inference import Encoder, load
-from flip_jax.models.flip import FLIP
+import importlib
+from typing import Any
 
-__all__ = ["FLIP", "Config", "Encoder", "Tokenizer", "load"]
+_MODULES = {
+    "FLIP": "flip_jax.models.flip",
+    "Config": "flip_jax.config",
+    "Encoder": "flip_jax.inference",
+    "Tokenizer": "flip_jax.data.tokenizer",
+    "load": "flip_jax.inference",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for at its first use: JAX, Flax, Orbax and Grain take seconds together."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'flip_jax' has no attribute '{name}'")

@@ -27,8 +27,8 @@ from absl import app, flags
 from pyarrow import parquet
 from tqdm import tqdm
 
+from flip_jax import compile_cache, inference
 from flip_jax import config as config_lib
-from flip_jax import inference
 from flip_jax.config import Data, Model
 from flip_jax.data import readers, transforms
 from flip_jax.data.records import CHUNK, END, Pick, Record
@@ -258,6 +258,44 @@ class Embedding:
         return True
 
 
+def write_index(
+    encoder: inference.Encoder,
+    model: str,
+    source: Any,
+    out: pathlib.Path,
+    *,
+    name: str,
+    texts: bool = False,
+    file_format: str = "parquet",
+    dtype: str = "float32",
+    rows_per_part: int = 10_000,
+    batch_size: int = 256,
+    process: int = 0,
+    processes: int = 1,
+) -> dict[str, Any] | None:
+    """Embeds a source, or the share of one of several processes, into the folder `out`; or goes on there.
+
+    `name` and `model` are what index.json calls the source and the model's folder. Returns the contents of index.json,
+    or None while other processes have parts to write.
+
+    Raises:
+      ValueError: `out` holds something else, or nothing in the source can be used.
+    """
+    settings = {
+        "source": name,
+        "items": len(source),
+        "embedded": "texts" if texts else "images",
+        "format": file_format,
+        "dtype": dtype,
+        "embed_dim": encoder.config.model.embed_dim,
+        "rows_per_part": rows_per_part,
+        **identity(encoder),
+    }
+    embedding = Embedding(out, source, settings, os.path.abspath(model), process)
+    embedding.run(encoder, range(process, embedding.units, processes), batch_size)
+    return embedding.index if embedding.finish() else None
+
+
 class _Batches:
     """Pictures or texts to embeddings, in batches of one shape; a few are on the devices while more are made ready."""
 
@@ -316,6 +354,7 @@ def _ahead(pool: Executor, function: Any, values: Iterator[Any], count: int) -> 
 
 def main(_) -> None:
     logging.getLogger().setLevel(logging.WARNING)
+    compile_cache.enable()
     name, texts = _SOURCE.value, _TEXTS.value
     process, processes = _PROCESS_ID.value, _NUM_PROCESSES.value
     try:
@@ -327,27 +366,16 @@ def main(_) -> None:
         if _TFDS_DIR.value:
             data = dataclasses.replace(encoder.config.data, tfds_dir=_TFDS_DIR.value)
             encoder.config = dataclasses.replace(encoder.config, data=data)
-        source = open_source(name, encoder.config.data, texts)
-        settings = {
-            "source": name,
-            "items": len(source),
-            "embedded": "texts" if texts else "images",
-            "format": _FORMAT.value,
-            "dtype": _DTYPE.value,
-            "embed_dim": encoder.config.model.embed_dim,
-            "rows_per_part": _ROWS.value,
-            **identity(encoder),
-        }
         out = pathlib.Path(_OUT.value)
-        embedding = Embedding(out, source, settings, os.path.abspath(_MODEL.value), process)
-        embedding.run(encoder, range(process, embedding.units, processes), _BATCH_SIZE.value)
-        complete = embedding.finish()
+        source = open_source(name, encoder.config.data, texts)
+        form = {"texts": texts, "file_format": _FORMAT.value, "dtype": _DTYPE.value, "rows_per_part": _ROWS.value}
+        share = {"batch_size": _BATCH_SIZE.value, "process": process, "processes": processes}
+        index = write_index(encoder, _MODEL.value, source, out, name=name, **form, **share)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if not complete:
+    if not index:
         print(f"{out}: the share of process {process} is done, others are still at work")
         return
-    index = embedding.index
     print(f"{out}: {index['rows']} {index['embedded']} of {index['read']} records in {len(index['parts'])} parts")
     for kind, count in index["bad"].items():
         print(f"  bad: {count} {kind} (named in {out / BAD})")

@@ -18,7 +18,7 @@ import jax
 import matplotlib.pyplot as plt
 from absl import app, flags
 
-from flip_jax import checkpoint, evaluators, inference, sharding
+from flip_jax import checkpoint, compile_cache, evaluators, inference, sharding
 from flip_jax import config as config_lib
 from flip_jax.config import Config
 
@@ -112,6 +112,7 @@ def main(_) -> None:
         print(evaluators.datasets.listing())
         return
     logging.getLogger().setLevel(logging.WARNING)
+    compile_cache.enable()
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     changes = {

@@ -124,10 +124,13 @@ class Module:
             inner = self.computations[_called(instruction)[0]]
             read = sum(min(_hbm(body[o].shape), self._read(inner, n)) for n, o in enumerate(instruction.operands))
             return read + min(_hbm(instruction.shape), self._written(inner))
-        if instruction.op in ("dynamic-slice", "gather"):
+        if instruction.op in ("slice", "dynamic-slice", "gather"):
             return 2 * _hbm(instruction.shape)
         if instruction.op == "dynamic-update-slice":
             return 2 * _hbm(body[instruction.operands[1]].shape)
+        if instruction.op == "slice-start":  # of ((whole), part, context): it reads no more than the part
+            whole, part = (found[0] for found in list(_ARRAY.finditer(instruction.shape))[:2])
+            return min(_hbm(whole), nbytes(part)) + _hbm(part)
         shapes = instruction.shape.split(", ")[0] if instruction.op.endswith("-start") else instruction.shape
         return _hbm(shapes) + sum(_hbm(body[o].shape) for o in instruction.operands)
 
@@ -143,7 +146,7 @@ class Module:
                     names.append(user.name)
                 elif user.op == "fusion":
                     total += self._read(self.computations[_called(user)[0]], n)
-                elif user.op in ("dynamic-slice", "gather") and n == 0:
+                elif user.op in ("slice", "dynamic-slice", "gather") and n == 0:
                     total += nbytes(user.shape)
                 elif user.op != "dynamic-update-slice" or n != 0:  # which writes in place
                     return math.inf

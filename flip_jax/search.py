@@ -26,7 +26,7 @@ from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
 
-from flip_jax import embed, inference
+from flip_jax import compile_cache, embed, inference
 from flip_jax.config import Data
 from flip_jax.data import records, transforms
 
@@ -248,6 +248,7 @@ def _printable(text, limit):
 
 def main(_) -> None:
     logging.getLogger().setLevel(logging.WARNING)
+    compile_cache.enable()
     texts, images, out = _TEXT.value or [], _IMAGE.value or [], pathlib.Path(_OUT.value) if _OUT.value else None
     try:
         if not texts and not images:

@@ -27,13 +27,16 @@ _log = logging.getLogger(__name__)
 IN_FLIGHT = 2  # steps given to the devices ahead of the one they work on
 
 
-def train(config: Config, workdir: str | os.PathLike) -> None:
+def train(config: Config, workdir: str | os.PathLike, started: float | None = None) -> None:
     """Trains to `config.total_samples`, or goes on from the newest checkpoint in `workdir`.
+
+    The time to the first step is counted from `started`, a value of `time.perf_counter`, or else from now.
 
     Raises:
       ValueError: settings, data or checkpoints that do not fit together, each with its remedy.
       FloatingPointError: a loss that is not finite; the step and the keys of its samples are named.
     """
+    started = time.perf_counter() if started is None else started
     workdir = epath.Path(workdir)
     if config.profile and "://" in os.fspath(workdir):
         raise ValueError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
@@ -46,7 +49,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
         jax.set_mesh(mesh),
         _Termination() as termination,
     ):
-        _run(config, workdir, mesh, checkpoints, termination)
+        _run(config, workdir, mesh, checkpoints, termination, started)
 
 
 def _run(
@@ -55,6 +58,7 @@ def _run(
     mesh: Mesh,
     checkpoints: checkpoint.Checkpoints,
     termination: "_Termination",
+    started: float,
 ) -> None:
     start = checkpoints.latest() or 0
     if start:
@@ -69,6 +73,8 @@ def _run(
     before = time.perf_counter()
     remat, program, peak = train_step.least_recompute(config, mesh, _memory())
     _say(f"compiled in {time.perf_counter() - before:.0f} s: remat {remat}, {peak / 2**30:.2f} GiB on each device")
+    # Some processes may have found the program in their cache; collectives of CPUs wait no longer than 30 s.
+    _meet("compiled")
     encoder = Encoder(program.graphdef, None, tokenizer, config)
     # Order of initialisation: resume, else init_from, else fresh.
     if start:
@@ -90,8 +96,6 @@ def _run(
     waited = 0.0
     # Of a run that goes on from within them, the steps to profile are over.
     first_traced, last_traced = config.profile if config.profile and start < config.profile[0] else (0, 0)
-    # Collectives of CPUs wait no longer than 30 s, and some processes may have compiled much faster than others.
-    _meet("compiled")
     for step in range(start + 1, config.total_steps + 1):
         if step == first_traced:
             jax.profiler.start_trace(workdir / "profile" / f"process_{jax.process_index()}")
@@ -102,6 +106,9 @@ def _run(
             arrays = tuple(sharding.to_devices(mesh, *(batch[name] for name in program.inputs)))
             with jax.transfer_guard("disallow"):
                 state, report = program.step(state, *arrays)
+        if step == start + 1:
+            jax.block_until_ready(state)
+            _say(f"first step done {time.perf_counter() - started:.1f} s after the start of the program")
         if step == last_traced:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()

@@ -315,3 +315,18 @@ def test_table_goes_on_where_it_stopped(tmp_path):
     assert ("flip_l16", "v3:16x8", "none") not in asked and ("clip_b16", "v5e:16x16", "full") in asked
     rows = [line for line in path.read_text().splitlines() if line.startswith(("| flip_", "| clip_"))]
     assert len(rows) == len(aot.ROWS) == 36
+
+
+SLICED = """HloModule test
+ENTRY %main (a: f32[64,8]) -> f32[16,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %start = ((f32[64,8]{1,0}), f32[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:16], [0:8]}
+  %done = f32[16,8]{1,0:S(1)} slice-done(%start)
+  ROOT %slice = f32[8,8]{1,0} slice(%a), slice={[8:16], [0:8]}
+}
+"""
+
+
+def test_slices_count_what_they_move():
+    # One is copied to the chip's own memory, the other from and to the main one.
+    assert hlo.Module(SLICED).hbm_bytes() == 16 * 8 * 4 + 2 * 8 * 8 * 4
