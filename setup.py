@@ -21,6 +21,7 @@ setup(
         "grain>=0.2.18,<0.3",
         "tensorflow-datasets>=4.9.10,<5",
         "array_record>=0.8.6,<0.9",
+        "huggingface_hub>=2.4,<3",
         "ml_collections>=1.1,<2",
         "clu>=0.0.12,<0.1",
         "absl-py>=2.5,<3",

@@ -4,7 +4,7 @@ python -m flip_jax.convert official CHECKPOINT_DIR OUT --config=configs/flip_l16
 python -m flip_jax.convert open-clip-import FILE.safetensors OUT --open_clip_config=JSON --vocab=MERGES
 python -m flip_jax.convert open-clip-export WORKDIR_OR_STEP OUT_DIR
 
-OUT is a step's folder, as training writes them: for `flip_jax.load` and `config.init_from`.
+OUT is a step's folder, as training writes them: for `flip_jax.load` and `config.init_from`. Each has a model card.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from flip_jax import checkpoint
+from flip_jax import card, checkpoint
 from flip_jax import config as config_lib
 from flip_jax.compat import official, open_clip
 from flip_jax.config import Config, Data
@@ -37,6 +37,7 @@ def from_official(folder: str, out: str) -> None:
         raise ValueError("official needs --config.data.vocab, the vocab.txt of BERT base uncased, 30,522 lines")
     tokenizer = _tokenizer(config)
     checkpoint.write(out, official.load(folder, config.model), tokenizer, config)
+    card.write(out, card.describe(config, tokenizer, f"converted from the official checkpoint {folder}"))
 
 
 def from_open_clip(file: str, out: str) -> None:
@@ -45,7 +46,9 @@ def from_open_clip(file: str, out: str) -> None:
         raise ValueError("open-clip-import needs --open_clip_config and --vocab")
     model, params = open_clip.import_model(pathlib.Path(file), pathlib.Path(_OPEN_CLIP_CONFIG.value))
     config = Config(model=model, data=Data(vocab=_VOCAB.value))
-    checkpoint.write(out, params, _tokenizer(config), config)
+    tokenizer = _tokenizer(config)
+    checkpoint.write(out, params, tokenizer, config)
+    card.write(out, card.describe(config, tokenizer, f"converted from the open_clip model {file}"))
 
 
 def to_open_clip(path: str, out: str) -> None:
@@ -66,6 +69,7 @@ def to_open_clip(path: str, out: str) -> None:
     params = checkpoint.read_params(step, abstract, start_of=model)
     for note in open_clip.export_model(pathlib.Path(out), model, params, tokenizer):
         print(f"note: {note}")
+    card.write(out, card.of(path) | {"library": "open_clip"})
 
 
 def _tokenizer(config: Config) -> Tokenizer:

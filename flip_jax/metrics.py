@@ -61,7 +61,7 @@ class Writer:
             return
         self._path = workdir / "metrics.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._text = "".join(line + "\n" for line in lines if _step(line) <= step)
+        self._text = "".join(line + "\n" for line in lines if step_of(line) <= step)
         self._path.write_text(self._text)
         self.others = writers.open_writers(workdir, config)
 
@@ -90,10 +90,11 @@ class Writer:
             other.close()
 
 
-def _step(line: str) -> float:
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that was cut short by a kill."""
     try:
         return json.loads(line)["step"]
-    except ValueError:  # cut short by a kill
+    except ValueError:
         return float("inf")
 
 
