@@ -16,20 +16,27 @@ import time
 SIZE, BATCH, TOKENS, WINDOW = 224, 256, 32, 1000
 
 
-def open_clip(shards):
-    """open_clip's training transform and tokenizer, in the webdataset stages that its training puts them in."""
+def declare_torchvision():
+    """Makes torchvision importable where none fits the torch for CPUs: open_clip needs its transforms alone."""
     import torch
 
-    torch.set_num_threads(1)
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        # Where none fits the torch for CPUs, its transforms work once the operators of its models are declared.
+        # They work once the operators of its models are declared.
         library = torch.library.Library("torchvision", "FRAGMENT")
         names = ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"]
         for name in ["nms", "qnms", *names, *(f"_{name}_backward" for name in names)]:
             library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
         globals()["library"] = library  # its end would undo them
+
+
+def open_clip(shards):
+    """open_clip's training transform and tokenizer, in the webdataset stages that its training puts them in."""
+    import torch
+
+    torch.set_num_threads(1)
+    declare_torchvision()
     import webdataset
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip.tokenizer import SimpleTokenizer

@@ -1,0 +1,105 @@
+"""flip_jax's side of step_time.py. It imports what a train step needs, and neither recipes nor input pipeline.
+
+usage: python -m benchmarks.own_step MODEL [BATCH]        (by default 32 on CPUs, elsewhere the largest that fits)
+"""
+
+import dataclasses
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import turns
+from flip_jax import compile_cache, metrics, sharding, train_step
+from flip_jax import config as config_lib
+from flip_jax.config import Config, ImageTower, Model, TextTower
+
+RATIOS = (0.0, 0.5, 0.75)
+# The sizes of configs/flip_b16.py and flip_l16.py, and one that CPUs can train.
+MODELS = {
+    "vit_s16": Model(
+        image=ImageTower(width=384, depth=12, heads=6), text=TextTower(width=256, depth=4, heads=4), embed_dim=384
+    ),
+    "flip_b16": Model(),
+    "flip_l16": Model(
+        image=ImageTower(width=1024, depth=24, heads=16),
+        text=TextTower(width=768, depth=12, heads=12),
+        embed_dim=768,
+    ),
+}
+PROBES = 64, 128  # batches whose memory tells that of others
+PRODUCT = 2048  # rows and columns of the matrix product whose rate stands for a CPU's peak
+
+
+def largest(peaks: tuple[int, int], limit: float) -> int:
+    """PROBES[0], doubled while it needs at most `limit` bytes, if PROBES need `peaks` and each row needs the same."""
+    by_row = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
+    batch = PROBES[0]
+    while peaks[0] + by_row * (2 * batch - PROBES[0]) <= limit:
+        batch *= 2
+    return batch
+
+
+def largest_batch(model: Model, mesh: jax.sharding.Mesh) -> int:
+    """The largest batch that fits without masking, a tenth of the memory left free."""
+    limit = (1 - train_step.SPARE) * jax.local_devices()[0].memory_stats()["bytes_limit"]
+    return largest(tuple(train_step.peak_bytes(compiled(model, batch, 0.0, mesh)[1]) for batch in PROBES), limit)
+
+
+def compiled(model: Model, batch: int, ratio: float, mesh: jax.sharding.Mesh):
+    """The program of a run with the mask ratio, and its compiled step."""
+    image = dataclasses.replace(model.image, mask_ratio=ratio)
+    config = Config(global_batch_size=batch, model=dataclasses.replace(model, image=image))
+    program = train_step.make_program(config, mesh)
+    return program, train_step.lower(program, config, mesh).compile()
+
+
+def main(name: str, batch: str = "0") -> None:
+    compile_cache.enable()
+    on_cpu, mesh = jax.default_backend() == "cpu", sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    model = dataclasses.replace(MODELS[name], dtype="float32" if on_cpu else "bfloat16", unroll=on_cpu)
+    with jax.set_mesh(mesh):
+        size = int(batch) or (32 if on_cpu else largest_batch(model, mesh))
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (size, model.image.image_size, model.image.image_size, 3), np.uint8)
+        text = rng.integers(1, 30_000, (size, model.text.context_length), np.int32)
+        image, text = sharding.to_devices(mesh, image, text)
+        built = {ratio: compiled(model, size, ratio, mesh) for ratio in RATIOS}
+        state = built[0.0][0].init()  # which masking does not change: all programs go on with the same one
+
+        def stepper(step):
+            def run(times: int) -> None:
+                nonlocal state
+                for _ in range(times):
+                    state, report = step(state, image, text)
+                jax.block_until_ready((state, report))
+
+            return run
+
+        programs = {str(ratio): stepper(step) for ratio, (_, step) in built.items()}
+        peak = metrics.peak_flops()
+        if on_cpu:
+            square, multiply = jnp.ones((PRODUCT, PRODUCT)), jax.jit(jnp.matmul)
+            programs["product"] = lambda times: jax.block_until_ready([multiply(square, square) for _ in range(times)])
+        about = {
+            "version": f"jax {jax.__version__}",
+            "device": f"{os.cpu_count()} CPU cores" if on_cpu else jax.devices()[0].device_kind,
+            "dtype": model.dtype,
+            "batch": size,
+            "sample_flops": {
+                str(ratio): metrics.flops_per_sample(
+                    dataclasses.replace(model, image=dataclasses.replace(model.image, mask_ratio=ratio))
+                )
+                for ratio in RATIOS
+            },
+            "product_flops": 2 * PRODUCT**3,
+            "peak_flops": peak and peak / jax.device_count(),
+            "model": dataclasses.asdict(model),
+        }
+        turns.serve(about, programs)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,207 @@
+"""Images per second and MFU of the train step at mask 0, 0.5 and 0.75, at one batch, beside open_clip's.
+
+usage: python -m benchmarks.step_time [--models=flip_l16,flip_b16] [--peer_python=PYTHON]
+
+PYTHON is that of an environment with open_clip. The data are on the device already. Both sides run the same sizes, in a
+process each; on a CPU all take turns, round after round, and elsewhere the masks, one process after the other, for
+which the memory is there only once. Each row is a line of --results, of which the last one counts; --rounds=0 only
+draws them. What is not measured after --seconds is left out.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from benchmarks import pages, turns
+
+KEYS = ("device", "model", "batch", "framework", "mask")  # what a row is known by
+# Seconds of a step of the official code (t5x, jax 0.4.13), measured once on a machine like that of the CPU rows.
+OFFICIAL = {"model": "vit_s16", "batch": 32, "device": "2 CPU cores", "seconds": {0.0: 18.5, 0.5: 8.6, 0.75: 4.2}}
+HEADER = """# Performance
+
+Written by `python -m benchmarks.step_time --peer_python=PYTHON`: one train step (forward, backward, AdamW) on random
+data that are on the device already, flip_jax beside open_clip with patch dropout at the same sizes and batch, in turn
+in the same call. Medians over rounds, in brackets the fastest and the slowest. On CPUs in f32, with as many threads as
+cores; elsewhere in bf16, open_clip compiled. `vit_s16` is ViT-S/16 at 224 px with a text tower of 256 x 4 layers.
+FLOPs are the model's, without recompute; MFU is their rate as a share of the data sheet's bf16 peak, for CPUs of the
+rate of an f32 product of 2,048 x 2,048 matrices in the same rounds. The paper has, for L/16 on TPU v3 and batches that
+double from mask to mask, times of 1.00 / 0.50 / 0.33 and FLOPs of 1.00 / 0.52 / 0.28.
+{official}
+![Images per second and time of a step](images/step_time.png)
+
+| device | model | batch | | mask | images/s | ms a step | MFU | time of mask 0 | FLOPs of mask 0 | x open_clip |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+OFFICIAL_NOTE = """The official code (t5x on jax 0.4.13, f32) was measured once, outside this script, on a machine like
+that of the CPU rows: {seconds} s a step at mask 0 / 0.5 / 0.75, or {speeds} images/s.
+"""
+
+
+def summarise(times: dict[tuple[str, str], list[float]], about: dict) -> list[dict]:
+    """A row for each framework and mask that had its turn.
+
+    `times` has seconds by (framework, mask), round after round, and ("flip_jax", "product") those of a matrix product.
+    """
+    peak = about["peak_flops"] or about["product_flops"] / np.median(times["flip_jax", "product"])
+    rows = []
+    for (framework, mask), seconds in times.items():
+        if mask == "product" or not seconds:
+            continue
+        rate = about["batch"] / float(np.median(seconds))
+        row = {key: about[key] for key in ("device", "dtype", "model", "batch")}
+        row |= {"framework": framework, "mask": float(mask), "rounds": len(seconds)}
+        row |= {"seconds": float(np.median(seconds)), "fastest": min(seconds), "slowest": max(seconds)}
+        row |= {"images_per_second": rate, "mfu": rate * about["sample_flops"][mask] / peak, "peak_tflops": peak / 1e12}
+        row["flops_of_unmasked"] = about["sample_flops"][mask] / about["sample_flops"]["0.0"]
+        row["time_of_unmasked"] = ratio(seconds, times.get((framework, "0.0")))
+        row["speed_of_open_clip"] = ratio(times.get(("open_clip", mask)), seconds) if framework == "flip_jax" else None
+        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    return rows
+
+
+def ratio(above: list[float] | None, below: list[float] | None) -> float | None:
+    """The median of the ratios of the rounds that both had."""
+    return float(np.median([a / b for a, b in zip(above, below, strict=False)])) if above and below else None
+
+
+def measure(model: str, rounds: int, times: dict[tuple[str, str], list[float]], about: dict) -> None:
+    """Fills `times` and `about` as `summarise` wants them; what there is when an exception ends it is good to use."""
+    workers = {}
+    try:
+        command = [sys.executable, "-m", "benchmarks.own_step", model]
+        workers["flip_jax"] = turns.Worker(command + ([str(_BATCH.value)] if _BATCH.value else []))
+        found = workers["flip_jax"].about
+        peer = [_PEER.value, "-m", "benchmarks.open_clip_step", json.dumps(found)]
+        about |= found | {"model": model}
+        together = "product" in found["programs"]
+        if _PEER.value and together:
+            workers["open_clip"] = turns.Worker(peer)
+        take_turns(workers, rounds, times)
+        if _PEER.value and not together:
+            workers.pop("flip_jax").close()
+            workers["open_clip"] = turns.Worker(peer)
+            take_turns(workers, rounds, times)
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def take_turns(workers: dict[str, turns.Worker], rounds: int, times: dict[tuple[str, str], list[float]]) -> None:
+    """Every program of every worker once a round."""
+    for _ in tqdm(range(rounds), desc=" and ".join(workers)):
+        for framework, worker in workers.items():
+            for name in worker.about["programs"]:
+                times.setdefault((framework, name), []).append(worker.seconds(name))
+
+
+def newest(lines: list[dict]) -> list[dict]:
+    """The last line of each row."""
+    return list({tuple(line[key] for key in KEYS): line for line in lines}.values())
+
+
+def write_table(lines: list[dict], path: pathlib.Path) -> None:
+    """The page with a row for each of `lines`."""
+    steps = OFFICIAL["seconds"].values()
+    seconds, speeds = (" / ".join(f"{x:.1f}" for x in xs) for xs in (steps, [OFFICIAL["batch"] / x for x in steps]))
+    shown = any(all(line[key] == OFFICIAL[key] for key in ("device", "model", "batch")) for line in lines)
+    text = HEADER.format(official=OFFICIAL_NOTE.format(seconds=seconds, speeds=speeds) if shown else "")
+    for line in lines:
+        times = (1000 * line[key] for key in ("seconds", "fastest", "slowest"))
+        cells = [line["device"], line["model"], str(line["batch"]), line["framework"], f"{line['mask']:g}"]
+        cells += [f"{line['images_per_second']:.1f}", "{:.0f} ({:.0f} to {:.0f})".format(*times), f"{line['mfu']:.0%}"]
+        keys = ("time_of_unmasked", "flops_of_unmasked", "speed_of_open_clip")
+        cells += ["" if line[key] is None else f"{line[key]:.2f}" for key in keys]
+        text += f"| {' | '.join(cells)} |\n"
+    pages.write(path, text)
+
+
+def draw(lines: list[dict], path: pathlib.Path) -> None:
+    """Images per second, and the time of a step beside its FLOPs: a row of panels for each device, model and batch."""
+    groups = list(dict.fromkeys(tuple(line[key] for key in KEYS[:3]) for line in lines))
+    figure, grid = plt.subplots(len(groups), 2, figsize=(10, 3.6 * len(groups)), squeeze=False, layout="constrained")
+    for group, (speed, time) in zip(groups, grid, strict=True):
+        own = [line for line in lines if tuple(line[key] for key in KEYS[:3]) == group]
+        bars = {}
+        for line in own:
+            bars.setdefault(line["framework"], {})[line["mask"]] = line["images_per_second"]
+        if group == tuple(OFFICIAL[key] for key in KEYS[:3]):
+            bars["official code"] = {mask: OFFICIAL["batch"] / s for mask, s in OFFICIAL["seconds"].items()}
+        masks = sorted({line["mask"] for line in own})
+        for i, (framework, values) in enumerate(bars.items()):
+            places = [masks.index(mask) + 0.27 * i for mask in values]
+            speed.bar_label(speed.bar(places, values.values(), 0.25, label=framework), fmt="%.3g", fontsize=8)
+        speed.set_xticks(
+            [i + 0.27 * (len(bars) - 1) / 2 for i in range(len(masks))], [f"mask {mask:g}" for mask in masks]
+        )
+        speed.set(ylabel="images/s", title="{1}, batch {2}, {0}".format(*group))
+        for framework in dict.fromkeys(line["framework"] for line in own):
+            points = [(line["mask"], line["time_of_unmasked"]) for line in own if line["framework"] == framework]
+            time.plot(*zip(*sorted(points), strict=True), marker="o", label=framework)
+        flops = {line["mask"]: line["flops_of_unmasked"] for line in own}
+        time.plot(*zip(*sorted(flops.items()), strict=True), "k--", label="FLOPs")
+        time.set(xlabel="mask", ylabel="of mask 0", ylim=(0, 1.05), title="time of a step")
+        time.grid(alpha=0.3)
+        speed.legend()
+        time.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def out_of_time(*_) -> None:
+    raise TimeoutError(f"--seconds={_SECONDS.value} are over")
+
+
+def main(_) -> None:
+    plt.switch_backend("agg")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    results = pathlib.Path(_RESULTS.value)
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(_SECONDS.value)
+    try:
+        for model in models() if _ROUNDS.value else ():
+            times, about = {}, {}
+            try:
+                measure(model, _ROUNDS.value, times, about)
+            finally:
+                rows = summarise(times, about) if times else []
+                pages.append(results, rows)
+                print("".join(json.dumps(row) + "\n" for row in rows), end="", flush=True)
+    except TimeoutError as error:
+        print(f"{error}: the rest is left out", file=sys.stderr)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    signal.alarm(0)
+    lines = newest(pages.read(results))
+    write_table(lines, pathlib.Path(_TABLE.value))
+    draw(lines, pathlib.Path(_CHART.value))
+
+
+def models() -> list[str]:
+    """Those asked for, or what the machine can train; the process that looks gives an accelerator's memory back."""
+    look = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    if _MODELS.value:
+        return _MODELS.value
+    on_cpu = subprocess.run(look, stdout=subprocess.PIPE, check=True, text=True).stdout.split()[-1] == "cpu"
+    return ["vit_s16"] if on_cpu else ["flip_l16", "flip_b16"]
+
+
+if __name__ == "__main__":
+    _MODELS = flags.DEFINE_list("models", None, "Of own_step.MODELS (default: vit_s16 on CPUs, else flip_l16,flip_b16)")
+    _BATCH = flags.DEFINE_integer(
+        "batch", 0, "Rows of a batch (0: 32 on CPUs, else the largest power of two that fits)"
+    )
+    _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each gets")
+    _PEER = flags.DEFINE_string("peer_python", None, "Python of an environment with open_clip")
+    _SECONDS = flags.DEFINE_integer("seconds", 570, "When to stop, of whatever is left")
+    _RESULTS = flags.DEFINE_string("results", "docs/step_time.jsonl", "One line for each row")
+    _TABLE = flags.DEFINE_string("table", "docs/performance.md", "Where the table is written")
+    _CHART = flags.DEFINE_string("chart", "docs/images/step_time.png", "Where the chart is drawn")
+    app.run(main)

@@ -1,0 +1,65 @@
+"""Programs measured in turn, each in a process of its own, so that a slow minute of the machine meets all of them.
+
+The standard library alone: the processes may belong to other environments.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+LEAST = 1.0  # seconds of a turn: what takes less is repeated
+
+
+class Worker:
+    """A process that calls `serve`, as the one that measures sees it."""
+
+    def __init__(self, command: Sequence[str]):
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self._receive()  # what it said of itself once everything was compiled
+
+    def seconds(self, name: str) -> float:
+        """What one call of `name` takes now."""
+        print(name, file=self._process.stdin, flush=True)
+        return self._receive()
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def _receive(self) -> Any:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self._process.args)} ended with {self._process.wait()}")
+        return json.loads(line)
+
+
+def serve(about: dict[str, Any], programs: dict[str, Callable[[int], None]]) -> None:
+    """Says `about` and the names of `programs` on standard output, then the seconds of each one that a line asks for.
+
+    A program runs as often as its argument says, and returns when all is done. One that raises RuntimeError at first,
+    for want of memory mostly, is left out.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    repeats = {}
+    for name, program in programs.items():
+        try:
+            program(1)  # compiles, where that has not been done
+            start = time.perf_counter()
+            program(1)
+        except RuntimeError as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
+        repeats[name] = max(1, round(LEAST / (time.perf_counter() - start)))
+    print(json.dumps(about | {"programs": list(repeats)}), file=answers, flush=True)
+    for line in sys.stdin:
+        name = line.strip()
+        start = time.perf_counter()
+        programs[name](repeats[name])
+        print((time.perf_counter() - start) / repeats[name], file=answers, flush=True)

@@ -1,0 +1,147 @@
+"""The arithmetic of the benchmarks, on figures worked out by hand."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from benchmarks import own_step, pages, step_time, tradeoff, turns
+
+BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "seconds"), [(10, 100), (15, 150), (20, 200), (27.5, 350), (30, 400), (30.1, None), (3, 100)]
+)
+def test_time_to_an_accuracy_is_read_off_straight_lines(accuracy, seconds):
+    assert tradeoff.time_to(BASELINE[::-1], accuracy) == seconds
+
+
+def test_time_to_an_accuracy_is_that_of_its_first_crossing():
+    assert tradeoff.time_to([(1.0, 0.0), (2.0, 8.0), (3.0, 4.0), (4.0, 9.0)], 6) == 1.75
+
+
+def test_speed_up_is_taken_at_the_end_of_the_baseline():
+    assert tradeoff.speed_up(BASELINE, [(60.0, 12.0), (120.0, 24.0), (240.0, 36.0)]) == pytest.approx(400 / 180)
+    assert tradeoff.speed_up(BASELINE, [(60.0, 12.0), (120.0, 24.0)]) is None
+    assert tradeoff.speed_up(BASELINE, []) is None
+
+
+def test_speed_ups_of_the_means_and_of_each_seed():
+    baseline = [(100.0, {0: 1.0, 1: 3.0}), (200.0, {0: 4.0, 1: 8.0})]
+    masked = [(40.0, {0: 0.0, 1: 4.0}), (80.0, {0: 8.0, 1: 6.0})]
+    # Means: 6 at 200 s; 2 at 40 s and 7 at 80 s, so 6 at 72 s. Seed 0: 4 at 60 s. Seed 1 never gets to 8.
+    assert tradeoff.speed_ups(baseline, masked) == "2.78 (3.33, not reached)"
+
+
+def test_runs_that_the_ablations_train_come_last_and_finished_ones_not_again():
+    done = [{"result": "mask 0", "samples": 12_800, "seed": 0}, {"result": "mask 0.5", "samples": 25_600, "seed": 0}]
+    todo = tradeoff.missing(done, "small", 1)
+    assert todo == [
+        ("mask 0", 51_200, 0),
+        ("mask 0.5", 51_200, 0),
+        ("mask 0.5", 102_400, 0),
+        ("mask 0.75", 51_200, 0),
+        ("mask 0.75", 102_400, 0),
+        ("mask 0", 25_600, 0),
+        ("mask 0.75", 25_600, 0),
+    ]
+
+
+def test_page_keeps_what_was_written_by_hand(tmp_path):
+    path = tmp_path / "page.md"
+    pages.write(path, "# Title\n\nold\n")
+    path.write_text(path.read_text() + "\n## By hand\n\nstays\n\n## Also\n\nthis\n")
+    pages.write(path, "# Title\n\nnew\n")
+    assert path.read_text() == "# Title\n\nnew\n\n## By hand\n\nstays\n\n## Also\n\nthis\n"
+
+
+def test_mean_and_spread():
+    assert pages.mean_and_spread([1.0, 2.0, 6.0]) == "3.00 ± 2.65"
+    assert pages.mean_and_spread([1.0]) == "1.00"
+
+
+ABOUT = {
+    "device": "2 CPU cores",
+    "dtype": "float32",
+    "model": "vit_s16",
+    "batch": 32,
+    "sample_flops": {"0.0": 4e9, "0.5": 2e9},
+    "product_flops": 1e9,
+    "peak_flops": None,
+}
+TIMES = {
+    ("flip_jax", "0.0"): [4.0, 8.0, 4.0],
+    ("flip_jax", "0.5"): [2.0, 6.0, 1.0],
+    ("flip_jax", "product"): [0.01, 0.02, 0.04],
+    ("open_clip", "0.0"): [2.0, 6.0, 4.0],
+    ("open_clip", "0.5"): [],
+}
+
+
+def test_rows_of_step_times_are_medians_of_rounds_and_of_their_ratios():
+    rows = step_time.summarise(TIMES, ABOUT)
+    assert [(row["framework"], row["mask"]) for row in rows] == [("flip_jax", 0), ("flip_jax", 0.5), ("open_clip", 0)]
+    whole, half, peer = rows
+    assert (whole["seconds"], whole["fastest"], whole["slowest"], whole["images_per_second"]) == (4, 4, 8, 8)
+    assert whole["mfu"] == pytest.approx(8 * 4e9 / (1e9 / 0.02), abs=1e-4)
+    assert whole["speed_of_open_clip"] == 0.75  # median of 2/4, 6/8, 4/4
+    assert (half["time_of_unmasked"], half["flops_of_unmasked"], half["speed_of_open_clip"]) == (0.5, 0.5, None)
+    assert peer["speed_of_open_clip"] is None
+
+
+def test_step_time_page_has_a_line_for_the_last_result_of_each_row(tmp_path):
+    first = step_time.summarise(TIMES, ABOUT)
+    again = [row | {"images_per_second": 99.0} for row in first[:1]]
+    lines = step_time.newest(first + again)
+    step_time.write_table(lines, tmp_path / "page.md")
+    table = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| 2 CPU")]
+    assert table == [
+        "| 2 CPU cores | vit_s16 | 32 | flip_jax | 0 | 99.0 | 4000 (4000 to 8000) | 64% | 1.00 | 1.00 | 0.75 |",
+        "| 2 CPU cores | vit_s16 | 32 | flip_jax | 0.5 | 16.0 | 2000 (1000 to 6000) | 64% | 0.50 | 0.50 |  |",
+        "| 2 CPU cores | vit_s16 | 32 | open_clip | 0 | 8.0 | 4000 (2000 to 6000) | 64% | 1.00 | 1.00 |  |",
+    ]
+
+
+def test_largest_batch_follows_from_the_memory_of_two():
+    # 1 GB and 10 MB a row: 64 and 128 rows take 1.64 and 2.28 GB, 1,024 take 11.24 GB.
+    assert own_step.largest((1_640_000_000, 2_280_000_000), 11.24e9) == 1024
+    assert own_step.largest((1_640_000_000, 2_280_000_000), 11.23e9) == 512
+
+
+def test_measured_models_are_those_of_the_recipes(load_recipe):
+    for name in ("flip_b16", "flip_l16"):
+        recipe = dataclasses.replace(load_recipe(name).model, remat="none")
+        assert own_step.MODELS[name] == recipe
+
+
+def test_step_needs_neither_the_input_pipeline_nor_recipes():
+    blocked = ("grain", "ml_collections", "clu", "tensorflow_datasets", "tokenizers", "pyarrow", "simplejpeg")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import benchmarks.own_step"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+def test_programs_take_their_turns_in_processes_of_their_own():
+    code = """
+from benchmarks import turns
+def broken(times): raise RuntimeError("no memory")
+turns.LEAST = 0
+turns.serve({"device": "here"}, {"good": lambda times: print("noise", times), "broken": broken})
+"""
+    worker = turns.Worker([sys.executable, "-c", code])
+    assert worker.about == {"device": "here", "programs": ["good"]}
+    assert 0 <= worker.seconds("good") < 60
+    worker.close()
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        turns.Worker([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_results_are_read_as_they_were_added(tmp_path):
+    pages.append(tmp_path / "results.jsonl", [{"a": 1}])
+    pages.append(tmp_path / "results.jsonl", [{"b": 2.5}])
+    assert pages.read(tmp_path / "results.jsonl") == [{"a": 1}, {"b": 2.5}]
+    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1]) == {"b": 2.5}
+    assert pages.read(tmp_path / "none.jsonl") == []
