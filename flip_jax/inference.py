@@ -35,6 +35,7 @@ class Encoder:
 
         self._image = jax.jit(encode_image, static_argnames="mask")
         self._text = jax.jit(lambda params, text: nnx.merge(graphdef, params).encode_text(text), out_shardings=whole)
+        self._scale = jax.jit(lambda params: nnx.merge(graphdef, params).scale(), out_shardings=whole)
         self._features = jax.jit(lambda params, image: nnx.merge(graphdef, params).features(image), out_shardings=whole)
 
     def encode_image(self, images: np.ndarray | Sequence[Image.Image], mask: str = "intact") -> jax.Array:
@@ -61,6 +62,10 @@ class Encoder:
         """
         (array,) = sharding.to_devices(self.mesh, images)
         return np.asarray(self._features(self.params, array))
+
+    def scale(self) -> float:
+        """What multiplies cosines before a softmax, as learned in training."""
+        return float(self._scale(self.params))
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Normalised embeddings [B, embed_dim] of strings; with several processes each gives all of them."""
