@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from flip_jax.demo import Demo
 
@@ -70,6 +71,8 @@ def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
             return _refusal(f"The upload is larger than {MAX_UPLOAD // 2**20} MiB.", 413)
         except web.HTTPException as error:
             return _refusal(error.reason, error.status)
+        except HttpProcessingError:
+            return _refusal("The form is damaged.", 400)
         except ValueError as error:
             return _refusal(str(error), 400)
         except Exception:
