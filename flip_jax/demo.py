@@ -99,7 +99,7 @@ class Demo:
         """`work` is an empty folder for the embeddings of the pictures."""
         if encoder.tokenizer is None:
             raise ValueError("--model is a fine-tuned classifier, which reads no text; give the model it started from")
-        self._encoder, self._name, self._folder = encoder, os.path.abspath(name), None
+        self._encoder, self._name, self._folder = encoder, name, None
         self._classes = functools.lru_cache(4)(
             lambda names, template: zeroshot.class_embeddings(encoder, names, [template], TEXT_BATCH)
         )
