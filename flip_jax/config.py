@@ -89,6 +89,7 @@ class Model:
     loss: str = "info_nce"  # or "sigmoid" (SigLIP), with a learned bias
     dtype: str = "bfloat16"
     remat: str = "none"  # or "dots", "names", "full": less and less is kept; "auto": the first of them that fits
+    attention: str = "xla"  # or "cudnn": cuDNN's, on NVIDIA GPUs and where no token is padding or to come
     unroll: bool = False  # layers written out instead of a loop: longer to compile, twice as fast on CPUs
 
 
@@ -308,17 +309,29 @@ _CHOICES = {
     "model.text.pool": ("first", "mean", "last"),
     "model.activation": ("gelu_tanh", "gelu", "quick_gelu"),
     "model.dtype": ("bfloat16", "float32"),
+    "model.attention": ("xla", "cudnn"),
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
     "optim.mu_dtype": ("bfloat16", "float32"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
+_RANGES = {
+    **dict.fromkeys(
+        ("optim.base_learning_rate", "model.temperature", "model.norm_eps"), ("be above 0", lambda x: x > 0)
+    ),
+    "model.decoder.weight": ("be at least 0", lambda x: x >= 0),
+    "model.decoder.width": ("divide by 4", lambda x: x % 4 == 0),
+    "finetune.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
+    "finetune.label_smoothing": ("be in [0, 1)", lambda x: 0 <= x < 1),
+    "finetune.mixup": ("be at least 0", lambda x: x >= 0),
+    "finetune.cutmix": ("be at least 0", lambda x: x >= 0),
+}
 _AT_LEAST_ZERO = ("warmup_samples", "eval.every_steps", "checkpoint.every_steps", "data.threads", "finetune.classes")
 
 
 def _check(config: Config) -> None:
-    flat, image, data = flatten(config), config.model.image, config.data
+    flat, image, text, data = flatten(config), config.model.image, config.model.text, config.data
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
             raise ValueError(f"config.{key} must be one of {', '.join(allowed)}; got {flat[key]!r}")
@@ -327,13 +340,17 @@ def _check(config: Config) -> None:
             least = 0 if key in _AT_LEAST_ZERO else 1
             if value < least:
                 raise ValueError(f"config.{key} must be at least {least}, got {value}")
+    for key, (must, good) in _RANGES.items():
+        if not good(flat[key]):
+            raise ValueError(f"config.{key} must {must}, got {flat[key]}")
     if image.image_size % image.patch_size:
         raise ValueError(
             f"config.model.image.image_size {image.image_size} does not divide by patch_size {image.patch_size}; "
             f"the nearest size that does is {round(image.image_size / image.patch_size) * image.patch_size}"
         )
-    masking.check(image, config.model.text)
-    text = config.model.text
+    masking.check(image, text)
+    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
+        raise ValueError("config.model.attention 'cudnn' computes in half precision: set config.model.dtype 'bfloat16'")
     if text.causal and (text.mask_padding or text.pool == "first"):
         raise ValueError(
             "config.model.text.causal: no token sees the padding behind it, and the first sees none but itself; set "
@@ -341,10 +358,6 @@ def _check(config: Config) -> None:
         )
     if image.positions == "sincos" and image.width % 4:
         raise ValueError(f"config.model.image.width must divide by 4 for sin-cos positions, got {image.width}")
-    if config.model.decoder.weight < 0:
-        raise ValueError(f"config.model.decoder.weight must be at least 0, got {config.model.decoder.weight}")
-    if config.model.decoder.width % 4:
-        raise ValueError(f"config.model.decoder.width must divide by 4, got {config.model.decoder.width}")
     if config.model.decoder.weight and (image.mask_ratio == 0 or image.mask == "resize"):
         raise ValueError(
             "config.model.decoder draws removed patches, but none is removed by config.model.image.mask "
@@ -372,23 +385,11 @@ def _check(config: Config) -> None:
         lo, hi = getattr(data, key)
         if not low < lo <= hi <= high:
             raise ValueError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
-    for key in ("optim.base_learning_rate", "model.temperature", "model.norm_eps"):
-        if not flat[key] > 0:
-            raise ValueError(f"config.{key} must be above 0, got {flat[key]}")
-    finetune = config.finetune
-    if finetune.classes and (image.mask_ratio or config.microbatches > 1):
+    if config.finetune.classes and (image.mask_ratio or config.microbatches > 1):
         raise ValueError(
             "config.finetune.classes: fine-tuning sees whole pictures, a batch at once; set model.image.mask_ratio 0 "
             f"and microbatches 1, got {image.mask_ratio} and {config.microbatches}"
         )
-    for key, allowed, good in (
-        ("layer_decay", "in (0, 1]", 0 < finetune.layer_decay <= 1),
-        ("label_smoothing", "in [0, 1)", 0 <= finetune.label_smoothing < 1),
-        ("mixup", "at least 0", finetune.mixup >= 0),
-        ("cutmix", "at least 0", finetune.cutmix >= 0),
-    ):
-        if not good:
-            raise ValueError(f"config.finetune.{key} must be {allowed}, got {flat['finetune.' + key]}")
     if config.eval.mask != "intact" and (image.mask != "random" or not image.mask_ratio):
         raise ValueError(
             f"config.eval.mask {config.eval.mask!r} masks at random as training does: it needs config.model.image.mask "

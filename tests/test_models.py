@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 
 from flip_jax import metrics
+from flip_jax.models import transformer
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
 
@@ -111,3 +113,46 @@ def test_counted_flops_agree_with_the_compiler(load_recipe):
 
     counted = jax.jit(forward).lower(params).compile().cost_analysis()["flops"] / 8
     assert 0.85 < metrics.flops_per_sample(settings) / 3 / counted <= 1.01
+
+
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_attention_by_cudnn_leaves_out_the_token_that_makes_it_even(tokens, monkeypatch):
+    """Values and gradients, with XLA's attention in place of cuDNN's."""
+    plain = jax.nn.dot_product_attention
+    given = []
+
+    def stand_in(*args, implementation, **kwargs):
+        given.append((implementation, args[0].shape[1]))
+        return plain(*args, **kwargs)
+
+    def loss(qkv, by):
+        return jnp.sum(jnp.sin(transformer.attend(*qkv, None, by)))
+
+    qkv = jax.random.normal(jax.random.key(0), (3, 2, tokens, 4, 8))
+    expected, by_xla = jax.value_and_grad(loss)(qkv, "xla")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    found, by_cudnn = jax.value_and_grad(loss)(qkv, "cudnn")
+    assert given == [("cudnn", tokens + tokens % 2)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(by_cudnn, by_xla, rtol=1e-5, atol=1e-6)
+
+
+def test_cudnn_attention_is_asked_for_on_gpus(load_recipe, monkeypatch):
+    """No GPU is needed to lower for one: each layer's attention is one call of cuDNN's, forward and backward."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
+    sizes = "model.image.width=64,model.image.depth=2,model.image.heads=1,model.image.image_size=64,"
+    texts = "model.text.width=64,model.text.depth=2,model.text.heads=1,"
+    for mask_padding, calls in (("false", 2), ("true", 1)):  # a tower's layers are one loop
+        arg = f"{sizes}{texts}model.attention=cudnn,model.text.mask_padding={mask_padding}"
+        settings = load_recipe("flip_b16", arg).model
+        graphdef, params = nnx.split(nnx.eval_shape(lambda settings=settings: FLIP(settings, nnx.Rngs(0))))
+
+        def total(params, image, text, graphdef=graphdef):
+            model = nnx.merge(graphdef, params)
+            return jnp.sum(model.encode_image(image)) + jnp.sum(model.encode_text(text))
+
+        image, text = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.uint8), jax.ShapeDtypeStruct((2, 32), jnp.int32)
+        lowered = jax.jit(jax.grad(total)).trace(params, image, text).lower(lowering_platforms=("cuda",)).as_text()
+        assert lowered.count("@__cudnn$fmhaSoftmax(") == calls
+        assert lowered.count("@__cudnn$fmhaSoftmaxBackward(") == calls
