@@ -1,10 +1,11 @@
 """Pictures of a run: python -m flip_jax.report --workdir=DIR [--queries="red heart,dog"]
 
-Writes loss.png, zeroshot.png and retrieval.png to DIR/report.
+Writes loss.png, zeroshot.png and retrieval.png to DIR/report; of a fine-tuned classifier loss.png and classify.png.
 """
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -54,25 +55,42 @@ def retrieval(encoder: Encoder, source: str, queries: Sequence[str], path: pathl
     plt.close(figure)
 
 
-def main(_) -> None:
-    plt.switch_backend("agg")
-    workdir = pathlib.Path(_WORKDIR.value)
+def report(workdir: pathlib.Path, queries: Sequence[str] | None) -> None:
+    """Draws the pictures of a run, and prints its last accuracy.
+
+    Raises:
+      ValueError: there is no complete checkpoint, or the data of the evaluation are not there.
+      OSError: there are no metrics.
+    """
     folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    curve(lines, {"loss": "training loss"}, "InfoNCE", folder / "loss.png")
     encoder = load(workdir)
-    task = next((task for task in evaluators.tasks(encoder.config) if task.startswith("zeroshot/")), "")
+    folder.mkdir(exist_ok=True)
+    kind, loss = ("classify", "cross-entropy") if encoder.config.finetune.classes else ("zeroshot", "InfoNCE")
+    curve(lines, {"loss": "training loss"}, loss, folder / "loss.png")
+    task = next((task for task in evaluators.tasks(encoder.config) if task.startswith(f"{kind}/")), "")
     top1, top5 = f"{task}/top1", f"{task}/top5"
-    curve(lines, {top1: "top-1", top5: "top-5"}, "zero-shot accuracy (%)", folder / "zeroshot.png")
-    if task:
+    result = ""
+    if scores := [line for line in lines if top1 in line]:
+        result = f"{kind} top-1 {scores[-1][top1]:.2f} % top-5 {scores[-1][top5]:.2f} %"
+        curve(lines, {top1: "top-1", top5: "top-5"}, f"{kind} accuracy (%)", folder / f"{kind}.png")
+    if kind == "zeroshot" and task:
         _, dataset = evaluators.find(task, encoder.config)
         names = dataset.classes
-        queries = _QUERIES.value or [names[i] for i in np.linspace(0, len(names) - 1, 8).astype(int)]
+        queries = queries or [names[i] for i in np.linspace(0, len(names) - 1, 8).astype(int)]
         retrieval(encoder, dataset.test, queries, folder / "retrieval.png")
+        result = result and zeroshot.summary(scores[-1][top1], scores[-1][top5], len(names))
     print(f"report: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
-    if scores := [line for line in lines if top1 in line]:
-        print(zeroshot.summary(scores[-1][top1], scores[-1][top5], len(names)))
+    if result:
+        print(result)
+
+
+def main(_) -> None:
+    plt.switch_backend("agg")
+    try:
+        report(pathlib.Path(_WORKDIR.value), _QUERIES.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,18 @@ def test_a_setting_in_the_text_is_one(page):
             assert name in SETTINGS or name == "config.data", name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_text_names_is_there(page):
+    """Modules to run with -m, files of the project, and tests, where they stand in the text."""
+    text = page.read_text()
+    for module in re.findall(r"python -m ([\w.]*\w)", text):
+        assert (REPO / (module.replace(".", "/") + ".py")).is_file(), module
+    for file in re.findall(r"`((?:flip_jax|configs|tests|launch|benchmarks|colab)/[\w./]+\.\w+)", text):
+        assert (REPO / file).is_file() or file == "configs/RECIPE.py", file
+    for file, name in re.findall(r"`(test_\w+\.py)(?:::(test_\w+?))?(?:_\.\.\.)?`", text):
+        assert f"def {name}" in (REPO / "tests" / file).read_text(), f"{file}::{name}"
+
+
 def test_every_page_is_in_the_table_of_contents():
     contents = (REPO / "docs" / "README.md").read_text()
     for page in PAGES[1:]:
