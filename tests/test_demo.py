@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import os
@@ -247,6 +248,13 @@ def test_a_model_without_a_folder_classifies_and_says_why_it_does_not_search(enc
     assert all(
         status == 400 and "start the page with --pictures=FOLDER" in body["error"] for status, body, _ in refused
     )
+
+
+def test_a_classifier_is_refused(encoder):  # noqa: F811
+    classifier = copy.copy(encoder)
+    classifier.tokenizer = None
+    with pytest.raises(ValueError, match="--model is a fine-tuned classifier, which reads no text; give the model it"):
+        Demo(classifier, "a model")
 
 
 def test_folders_without_pictures_are_refused(encoder, tmp_path):  # noqa: F811
