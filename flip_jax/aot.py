@@ -34,6 +34,10 @@ from flip_jax.train_step import SPARE
 GIB = 2**30
 
 
+# What the compiler says of a program that does not fit, early or late.
+_REFUSAL = re.compile(r"(?:Used |\()([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G")
+
+
 class Chip(NamedTuple):
     """A device as jax counts them; GiB, bytes/s, and bytes/s that all its links send together, one way."""
 
@@ -131,7 +135,7 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
         # What is saved may yet shrink, but not to half: no need to compile for minutes to be refused.
         compiled = lowered.compile() if not limit or needed <= 2 * limit else None
     except jax.errors.JaxRuntimeError as error:
-        refusal = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        refusal = _REFUSAL.search(str(error))
         if not refusal:
             raise
         needed, limit = (int(float(gib) * GIB) for gib in refusal.groups())

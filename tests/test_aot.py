@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict(dataclasses.asdict(tiny.CONFIG))
 """
-REFUSAL = (
+REFUSALS = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
-    "temporaries (69.23G) exceeds available HBM (15.48G). HLO module: jit_step."
+    "temporaries (69.23G) exceeds available HBM (15.48G). HLO module: jit_step.",
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory in memory space hbm. Used 69.23G of 15.48G hbm. "
+    "Exceeded hbm capacity by 53.75G.",
 )
 
 
@@ -119,9 +121,10 @@ def test_what_cannot_fit_by_far_is_refused_uncompiled(run, monkeypatch):
     assert code == 1 and not result["fits"] and result["remat"] == "full" and len(result["largest"]) <= 5
 
 
-def test_refusal(run, monkeypatch):
+@pytest.mark.parametrize("message", REFUSALS, ids=("early", "late"))
+def test_refusal(run, monkeypatch, message):
     def refuse(lowered):
-        raise jax.errors.JaxRuntimeError(REFUSAL)
+        raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     code, out, _ = run("--topology=cpu:8", "--json")

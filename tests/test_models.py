@@ -115,6 +115,22 @@ def test_counted_flops_agree_with_the_compiler(load_recipe):
     assert 0.85 < metrics.flops_per_sample(settings) / 3 / counted <= 1.01
 
 
+def test_a_caption_of_padding_alone_leaves_the_gradients_finite():
+    """Random masking may drop all words of a short caption; their mean is then 0, which has no direction."""
+    graphdef, params = nnx.split(FLIP(tiny.model_with(text_pool="mean", text_mask_padding=True), nnx.Rngs(0)))
+    _, text = tiny.batch(4)
+    text[1] = 0
+
+    def total(params):
+        embedding = nnx.merge(graphdef, params).encode_text(text)
+        return jnp.sum(jnp.sin(embedding)), embedding
+
+    grads, text_BxE = jax.grad(total, has_aux=True)(params)
+    np.testing.assert_array_equal(text_BxE[1], 0)
+    np.testing.assert_allclose(jnp.linalg.norm(text_BxE[jnp.array([0, 2, 3])], axis=1), 1, rtol=1e-6)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
 @pytest.mark.parametrize("tokens", [6, 7])
 def test_attention_by_cudnn_leaves_out_the_token_that_makes_it_even(tokens, monkeypatch):
     """Values and gradients, with XLA's attention in place of cuDNN's."""

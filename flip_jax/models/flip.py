@@ -94,4 +94,6 @@ def _projection(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 def normalise(x_BxE: jax.Array) -> jax.Array:
-    return x_BxE / (jnp.linalg.norm(x_BxE, axis=1, keepdims=True) + 1e-8)
+    """Each row over its norm. A row of zeros, the mean of no token, stays what it is, and its gradient finite."""
+    square_Bx1 = jnp.sum(x_BxE * x_BxE, axis=1, keepdims=True)
+    return x_BxE / (jnp.sqrt(jnp.maximum(square_Bx1, jnp.finfo(jnp.float32).tiny)) + 1e-8)
