@@ -1,6 +1,8 @@
 """flip_jax's side of step_time.py. It imports what a train step needs, and neither recipes nor input pipeline.
 
-usage: python -m benchmarks.own_step MODEL [BATCH]        (by default 32 on CPUs, elsewhere the largest that fits)
+usage: python -m benchmarks.own_step MODEL BATCH ATTENTION
+
+BATCH 0 is 32 on CPUs, elsewhere the largest that fits; ATTENTION "" is cuDNN's on GPUs, elsewhere XLA's.
 """
 
 import dataclasses
@@ -56,10 +58,15 @@ def compiled(model: Model, batch: int, ratio: float, mesh: jax.sharding.Mesh):
     return program, train_step.lower(program, config, mesh).compile()
 
 
-def main(name: str, batch: str = "0") -> None:
+def main(name: str, batch: str, attention: str) -> None:
     compile_cache.enable()
     on_cpu, mesh = jax.default_backend() == "cpu", sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-    model = dataclasses.replace(MODELS[name], dtype="float32" if on_cpu else "bfloat16", unroll=on_cpu)
+    model = dataclasses.replace(
+        MODELS[name],
+        dtype="float32" if on_cpu else "bfloat16",
+        unroll=on_cpu,
+        attention=attention or ("cudnn" if jax.default_backend() == "gpu" else "xla"),
+    )
     with jax.set_mesh(mesh):
         size = int(batch) or (32 if on_cpu else largest_batch(model, mesh))
         rng = np.random.default_rng(0)
@@ -87,6 +94,7 @@ def main(name: str, batch: str = "0") -> None:
             "version": f"jax {jax.__version__}",
             "device": f"{os.cpu_count()} CPU cores" if on_cpu else jax.devices()[0].device_kind,
             "dtype": model.dtype,
+            "attention": model.attention,
             "batch": size,
             "sample_flops": {
                 str(ratio): metrics.flops_per_sample(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import pages, turns
 
-KEYS = ("device", "model", "batch", "framework", "mask")  # what a row is known by
+KEYS = ("device", "model", "batch", "framework", "attention", "mask")  # what a row is known by
 # Seconds of a step of the official code (t5x, jax 0.4.13), measured once on a machine like that of the CPU rows.
 OFFICIAL = {"model": "vit_s16", "batch": 32, "device": "2 CPU cores", "seconds": {0.0: 18.5, 0.5: 8.6, 0.75: 4.2}}
 HEADER = """# Performance
@@ -57,7 +57,8 @@ def summarise(times: dict[tuple[str, str], list[float]], about: dict) -> list[di
             continue
         rate = about["batch"] / float(np.median(seconds))
         row = {key: about[key] for key in ("device", "dtype", "model", "batch")}
-        row |= {"framework": framework, "mask": float(mask), "rounds": len(seconds)}
+        row |= {"framework": framework, "attention": about["attention"] if framework == "flip_jax" else ""}
+        row |= {"mask": float(mask), "rounds": len(seconds)}
         row |= {"seconds": float(np.median(seconds)), "fastest": min(seconds), "slowest": max(seconds)}
         row |= {"images_per_second": rate, "mfu": rate * about["sample_flops"][mask] / peak, "peak_tflops": peak / 1e12}
         row["flops_of_unmasked"] = about["sample_flops"][mask] / about["sample_flops"]["0.0"]
@@ -76,8 +77,8 @@ def measure(model: str, rounds: int, times: dict[tuple[str, str], list[float]], 
     """Fills `times` and `about` as `summarise` wants them; what there is when an exception ends it is good to use."""
     workers = {}
     try:
-        command = [sys.executable, "-m", "benchmarks.own_step", model]
-        workers["flip_jax"] = turns.Worker(command + ([str(_BATCH.value)] if _BATCH.value else []))
+        command = [sys.executable, "-m", "benchmarks.own_step", model, str(_BATCH.value), _ATTENTION.value]
+        workers["flip_jax"] = turns.Worker(command)
         found = workers["flip_jax"].about
         peer = [_PEER.value, "-m", "benchmarks.open_clip_step", json.dumps(found)]
         about |= found | {"model": model}
@@ -115,7 +116,7 @@ def write_table(lines: list[dict], path: pathlib.Path) -> None:
     text = HEADER.format(official=OFFICIAL_NOTE.format(seconds=seconds, speeds=speeds) if shown else "")
     for line in lines:
         times = (1000 * line[key] for key in ("seconds", "fastest", "slowest"))
-        cells = [line["device"], line["model"], str(line["batch"]), line["framework"], f"{line['mask']:g}"]
+        cells = [line["device"], line["model"], str(line["batch"]), name(line), f"{line['mask']:g}"]
         cells += [f"{line['images_per_second']:.1f}", "{:.0f} ({:.0f} to {:.0f})".format(*times), f"{line['mfu']:.0%}"]
         keys = ("time_of_unmasked", "flops_of_unmasked", "speed_of_open_clip")
         cells += ["" if line[key] is None else f"{line[key]:.2f}" for key in keys]
@@ -123,28 +124,32 @@ def write_table(lines: list[dict], path: pathlib.Path) -> None:
     pages.write(path, text)
 
 
+def name(line: dict) -> str:
+    """What a row is of."""
+    return line["framework"] + (", cuDNN" if line["attention"] == "cudnn" else "")
+
+
 def draw(lines: list[dict], path: pathlib.Path) -> None:
     """Images per second, and the time of a step beside its FLOPs: a row of panels for each device, model and batch."""
-    groups = list(dict.fromkeys(tuple(line[key] for key in KEYS[:3]) for line in lines))
+    groups: dict[tuple, list[dict]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line[key] for key in KEYS[:3]), []).append(line)
     figure, grid = plt.subplots(len(groups), 2, figsize=(10, 3.6 * len(groups)), squeeze=False, layout="constrained")
-    for group, (speed, time) in zip(groups, grid, strict=True):
-        own = [line for line in lines if tuple(line[key] for key in KEYS[:3]) == group]
-        bars = {}
+    for (group, own), (speed, time) in zip(groups.items(), grid, strict=True):
+        masks, bars = sorted({line["mask"] for line in own}), {}
         for line in own:
-            bars.setdefault(line["framework"], {})[line["mask"]] = line["images_per_second"]
+            bars.setdefault(name(line), {})[line["mask"]] = line["images_per_second"]
+        for label in bars:
+            points = [(line["mask"], line["time_of_unmasked"]) for line in own if name(line) == label]
+            time.plot(*zip(*sorted(point for point in points if point[1]), strict=True), marker="o", label=label)
         if group == tuple(OFFICIAL[key] for key in KEYS[:3]):
-            bars["official code"] = {mask: OFFICIAL["batch"] / s for mask, s in OFFICIAL["seconds"].items()}
-        masks = sorted({line["mask"] for line in own})
-        for i, (framework, values) in enumerate(bars.items()):
+            bars["official code"] = {mask: OFFICIAL["batch"] / OFFICIAL["seconds"][mask] for mask in masks}
+        for i, (label, values) in enumerate(bars.items()):
             places = [masks.index(mask) + 0.27 * i for mask in values]
-            speed.bar_label(speed.bar(places, values.values(), 0.25, label=framework), fmt="%.3g", fontsize=8)
-        speed.set_xticks(
-            [i + 0.27 * (len(bars) - 1) / 2 for i in range(len(masks))], [f"mask {mask:g}" for mask in masks]
-        )
+            speed.bar_label(speed.bar(places, values.values(), 0.25, label=label), fmt="%.3g", fontsize=8)
+        middle = 0.27 * (len(bars) - 1) / 2
+        speed.set_xticks([i + middle for i in range(len(masks))], [f"mask {mask:g}" for mask in masks])
         speed.set(ylabel="images/s", title="{1}, batch {2}, {0}".format(*group))
-        for framework in dict.fromkeys(line["framework"] for line in own):
-            points = [(line["mask"], line["time_of_unmasked"]) for line in own if line["framework"] == framework]
-            time.plot(*zip(*sorted(points), strict=True), marker="o", label=framework)
         flops = {line["mask"]: line["flops_of_unmasked"] for line in own}
         time.plot(*zip(*sorted(flops.items()), strict=True), "k--", label="FLOPs")
         time.set(xlabel="mask", ylabel="of mask 0", ylim=(0, 1.05), title="time of a step")
@@ -198,6 +203,7 @@ if __name__ == "__main__":
     _BATCH = flags.DEFINE_integer(
         "batch", 0, "Rows of a batch (0: 32 on CPUs, else the largest power of two that fits)"
     )
+    _ATTENTION = flags.DEFINE_enum("attention", "", ["", "xla", "cudnn"], "flip_jax's (default: cudnn on GPUs)")
     _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each gets")
     _PEER = flags.DEFINE_string("peer_python", None, "Python of an environment with open_clip")
     _SECONDS = flags.DEFINE_integer("seconds", 570, "When to stop, of whatever is left")

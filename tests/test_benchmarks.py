@@ -67,6 +67,7 @@ def test_mean_and_spread():
 ABOUT = {
     "device": "2 CPU cores",
     "dtype": "float32",
+    "attention": "xla",
     "model": "vit_s16",
     "batch": 32,
     "sample_flops": {"0.0": 4e9, "0.5": 2e9},
@@ -98,6 +99,8 @@ def test_step_time_page_has_a_line_for_the_last_result_of_each_row(tmp_path):
     again = [row | {"images_per_second": 99.0} for row in first[:1]]
     lines = step_time.newest(first + again)
     step_time.write_table(lines, tmp_path / "page.md")
+    step_time.draw(lines, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
     table = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| 2 CPU")]
     assert table == [
         "| 2 CPU cores | vit_s16 | 32 | flip_jax | 0 | 99.0 | 4000 (4000 to 8000) | 64% | 1.00 | 1.00 | 0.75 |",
