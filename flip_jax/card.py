@@ -74,8 +74,13 @@ def of(path: str | os.PathLike) -> Card:
     tokenizer = None if config.finetune.classes else Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
     if step.parent.name != "checkpoints":
         return describe(config, tokenizer, "weights of unknown training")
-    card = describe(config, tokenizer, "trained with flip_jax")
-    log = step.parent.parent / "metrics.jsonl"
+    card, run = describe(config, tokenizer, "trained with flip_jax"), step.parent.parent
+    if (run / JSON).exists():
+        earlier = json.loads((run / JSON).read_text())
+        if earlier["step"] == int(step.name):  # with what it was given
+            return earlier
+        card["license"] = earlier["license"]
+    log = run / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     lines = [json.loads(line) for line in lines if metrics.step_of(line) <= int(step.name)]
     records = next((line for line in reversed(lines) if "data/read" in line), {})
@@ -149,9 +154,8 @@ def markdown(card: Card, name: str) -> str:
     if card["samples_seen"] is not None:
         facts |= {
             "samples seen": f"{card['samples_seen']:,}, in {card['step']:,} steps of {config.global_batch_size:,}",
-            "masking in training": f"{image.visible_patches} of {patches} patches are seen ({image.mask})"
-            if image.mask_ratio
-            else "none",
+            "seen in training": f"{image.visible_patches} of {patches} patches ({image.mask})"
+            + (f", {text.visible_tokens} of {text.context_length} tokens" if "text" in card["parameters"] else ""),
             "started from": config.init_from or "random weights",
             "loss": config.model.loss if not config.finetune.classes else "cross-entropy",
             "training data": f"`{data['train']}`",
@@ -223,8 +227,8 @@ def update(folder: str | os.PathLike, evaluation: str | None = None, license_nam
     Raises:
       ValueError: as `of`, `add_evaluation` and `write`.
     """
-    card, earlier = of(folder), epath.Path(folder) / JSON
-    card["license"] = license_name or (json.loads(earlier.read_text())["license"] if earlier.exists() else None)
+    card = of(folder)
+    card["license"] = license_name or card["license"]
     if evaluation:
         add_evaluation(card, evaluation)
     write(folder, card)

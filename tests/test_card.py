@@ -68,7 +68,7 @@ def test_the_card_of_a_run_says_what_it_is_and_what_it_saw(workdir, tmp_path):
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("emoji", "top1", 12.3457)
     for fact in (
         "160, in 10 steps of 16",
-        "8 of 16 patches are seen (random)",
+        "8 of 16 patches (random), 8 of 8 tokens |",
         "3*webdataset:/a/*.tar",
         "3 bad/no text",
     ):
@@ -84,6 +84,10 @@ def test_the_card_of_a_run_says_what_it_is_and_what_it_saw(workdir, tmp_path):
     content = json.loads((workdir / "card.json").read_text())
     assert content["license"] == "mit" and content["samples_seen"] == 160
     assert content["evaluation"]["results"] == {"retrieval/coco/mean_recall": 7.0, "retrieval/mean": 7.0}
+    assert card.of(workdir / "checkpoints" / "10") == content  # as an export would take it
+    (workdir / "checkpoints" / "10").rename(workdir / "checkpoints" / "15")  # and the run goes on
+    later = card.of(workdir)
+    assert later["evaluation"]["results"]["zeroshot/mean"] == 99.0 and later["license"] == "mit"
 
 
 def test_an_exported_model_and_a_converted_one_carry_theirs(workdir, tmp_path):
