@@ -54,6 +54,7 @@ def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_as_it_w
     for name, value in flags.items():
         monkeypatch.setattr(convert, name, type("Flag", (), {"value": str(value)}))
     convert.main(["", "open-clip-import", str(WEIGHTS), str(tmp_path / "ours")])
+    assert f"converted from the open_clip model {WEIGHTS}" in (tmp_path / "ours" / "README.md").read_text()
     encoder = flip_jax.load(tmp_path / "ours")
     np.testing.assert_allclose(encoder.encode_image(recorded["image"]), recorded["z_image"], atol=1e-5)
     model = nnx.merge(nnx.split(nnx.eval_shape(lambda: FLIP(encoder.config.model, nnx.Rngs(0))))[0], encoder.params)
@@ -65,6 +66,7 @@ def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_as_it_w
 
     convert.main(["", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")])
     assert "these 914: give it token ids" in capsys.readouterr().out
+    assert json.loads((tmp_path / "theirs" / "card.json").read_text())["library"] == "open_clip"
     before, after = load_file(WEIGHTS), load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
     assert before.keys() == after.keys()
     for name, value in before.items():
