@@ -126,7 +126,9 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     _say(f"compiling for {mesh.size} devices of kind {kind}; this takes a minute or several")
     start = time.perf_counter()
     # Outside of set_mesh: it makes the run's random keys, which cannot lie on devices that are not here.
-    lowered = train_step.lower(train_step.make_program(config, mesh), config, mesh)
+    program = train_step.make_program(config, mesh)
+    lowered = train_step.lower(program, config, mesh)
+    result["state_bytes"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     chip = CHIPS.get(kind)
     limit = chip and int(chip.memory * GIB)
     saved = _saved(lowered.as_text(dialect="hlo"), config, mesh)
@@ -283,11 +285,16 @@ def write_table(path: pathlib.Path, measure: Callable[[str, str, dict[str, Any]]
     for key in FIRST + [row for row in ROWS if row not in FIRST]:
         if key in rows:
             continue
+        missing = most_freed = 0.0
         for settings in LADDER:
-            result = measure(key[0], SLICES[key[1]], settings)
-            if result["fits"] and result["memory"]["spare"] >= SPARE:
+            if settings["mesh.fsdp"] > 1 and missing > most_freed:
+                continue
+            result, used = measure(key[0], SLICES[key[1]], settings), settings
+            most_freed = 2 * result["state_bytes"]  # by sharding it, and its gradients with it
+            missing = result["memory"]["peak"] - (1 - SPARE) * result["memory"]["limit"]
+            if result["fits"] and missing <= 0:
                 break
-        rows[key] = _row(key, settings, result)
+        rows[key] = _row(key, used, result)
         ladder = ", ".join(_settings(step) for step in LADDER)
         text = HEADER.format(ladder=ladder) + "".join(rows[row] + "\n" for row in ROWS if row in rows)
         path.parent.mkdir(parents=True, exist_ok=True)
