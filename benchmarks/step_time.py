@@ -73,20 +73,24 @@ def ratio(above: list[float] | None, below: list[float] | None) -> float | None:
     return float(np.median([a / b for a, b in zip(above, below, strict=False)])) if above and below else None
 
 
-def measure(model: str, rounds: int, times: dict[tuple[str, str], list[float]], about: dict) -> None:
-    """Fills `times` and `about` as `summarise` wants them; what there is when an exception ends it is good to use."""
+def measure(
+    own: list[str], peer_python: str | None, rounds: int, times: dict[tuple[str, str], list[float]], about: dict
+) -> None:
+    """Fills `times` and `about` as `summarise` wants them; what there is when an exception ends it is good to use.
+
+    `own` are the arguments of own_step.py.
+    """
     workers = {}
     try:
-        command = [sys.executable, "-m", "benchmarks.own_step", model, str(_BATCH.value), _ATTENTION.value]
-        workers["flip_jax"] = turns.Worker(command)
+        workers["flip_jax"] = turns.Worker([sys.executable, "-m", "benchmarks.own_step", *own])
         found = workers["flip_jax"].about
-        peer = [_PEER.value, "-m", "benchmarks.open_clip_step", json.dumps(found)]
-        about |= found | {"model": model}
+        about |= found | {"model": own[0]}
+        peer = [peer_python, "-m", "benchmarks.open_clip_step", json.dumps(found)]
         together = "product" in found["programs"]
-        if _PEER.value and together:
+        if peer_python and together:
             workers["open_clip"] = turns.Worker(peer)
         take_turns(workers, rounds, times)
-        if _PEER.value and not together:
+        if peer_python and not together:
             workers.pop("flip_jax").close()
             workers["open_clip"] = turns.Worker(peer)
             take_turns(workers, rounds, times)
@@ -174,7 +178,8 @@ def main(_) -> None:
         for model in models() if _ROUNDS.value else ():
             times, about = {}, {}
             try:
-                measure(model, _ROUNDS.value, times, about)
+                own = [model, str(_BATCH.value), _ATTENTION.value]
+                measure(own, _PEER.value, _ROUNDS.value, times, about)
             finally:
                 rows = summarise(times, about) if times else []
                 pages.append(results, rows)

@@ -94,6 +94,35 @@ def test_rows_of_step_times_are_medians_of_rounds_and_of_their_ratios():
     assert peer["speed_of_open_clip"] is None
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_processes_share_a_cpu_but_follow_each_other_on_an_accelerator(monkeypatch, together):
+    calls = []
+
+    class Worker:
+        def __init__(self, command):
+            self.framework = command[2].removeprefix("benchmarks.").removesuffix("_step")
+            self.about = {"programs": ["0.0", "product"] if together and self.framework == "own" else ["0.0"]}
+            calls.append(f"start {self.framework}")
+
+        def seconds(self, name):
+            calls.append(f"{self.framework} {name}")
+            return 1.0
+
+        def close(self):
+            calls.append(f"close {self.framework}")
+
+    monkeypatch.setattr(turns, "Worker", Worker)
+    times, about = {}, {}
+    step_time.measure(["vit_s16", "0", ""], "python", 2, times, about)
+    ours, theirs = ["own 0.0", "own product"] if together else ["own 0.0"], ["open_clip 0.0"]
+    middle = ["start open_clip", *2 * (ours + theirs), "close own"]
+    if not together:
+        middle = [*2 * ours, "close own", "start open_clip", *2 * theirs]
+    assert calls == ["start own", *middle, "close open_clip"]
+    assert times["flip_jax", "0.0"] == times["open_clip", "0.0"] == [1, 1]
+    assert about["model"] == "vit_s16"
+
+
 def test_step_time_page_has_a_line_for_the_last_result_of_each_row(tmp_path):
     first = step_time.summarise(TIMES, ABOUT)
     again = [row | {"images_per_second": 99.0} for row in first[:1]]
