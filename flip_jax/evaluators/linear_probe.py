@@ -121,19 +121,48 @@ def count(weight_ExC: np.ndarray, rows: Rows, mesh: Mesh) -> np.ndarray:
     return np.asarray(_hits(weight_ExC, rows, _blocks(mesh, len(rows.x_NxD))))
 
 
+@functools.partial(jax.jit, static_argnames="blocks")
+def _moments(rows, blocks):
+    """Mean [D] and covariance [D, D] of the rows that count, and their number."""
+    count = jnp.sum(rows.real_N)
+    mean_D = jnp.matmul(rows.real_N, rows.x_NxD, precision="highest") / count
+
+    def block(part):
+        centred_NxD = part.real_N[:, None] * (part.x_NxD - mean_D[None])
+        return jnp.matmul(centred_NxD.T, centred_NxD, precision="highest")
+
+    covariance_DxD = jnp.sum(jax.lax.map(block, sharding.split(rows, blocks)), axis=0) / count
+    return jax.tree.map(sharding.whole, (mean_D, covariance_DxD, count))
+
+
+def _coordinates(rows: Rows, classes: int, penalty: float, mesh: Mesh) -> np.ndarray:
+    """The matrix [width + 1, width + 1] to the weights from coordinates in which all directions are about as curved.
+
+    In them features are centred, uncorrelated, and scaled by what curves the objective where all classes are as likely:
+    their variance / classes, and the penalty.
+    """
+    moments = _moments(rows, _blocks(mesh, len(rows.x_NxD)))
+    mean_D, covariance_DxD, count = (np.asarray(x, np.float64) for x in moments)
+    variance_D, axis_DxD = np.linalg.eigh(covariance_DxD)
+    variance_D = np.maximum(variance_D, 1e-7 * variance_D[-1])  # below it f32 knows none
+    axis_DxD /= np.sqrt(variance_D + penalty * classes / count)
+    return np.block([[axis_DxD, np.zeros((len(mean_D), 1))], [-mean_D @ axis_DxD, np.ones(1)]])
+
+
 def fit(rows: Rows, classes: int, penalty: float, mesh: Mesh) -> np.ndarray:
     """The weights f32 [width + 1, classes] of least cross-entropy; `penalty` is scikit-learn's 1 / C."""
     shape = rows.x_NxD.shape[1] + 1, classes
+    to_weights_ExE = _coordinates(rows, classes, penalty, mesh)
 
     def value_and_grad(flat):
-        value, grad = loss(flat.reshape(shape).astype(np.float32), rows, mesh, penalty)
-        return value, grad.astype(np.float64).ravel()
+        value, grad = loss((to_weights_ExE @ flat.reshape(shape)).astype(np.float32), rows, mesh, penalty)
+        return value, (to_weights_ExE.T @ grad).ravel()
 
     # Of f32 arithmetic, a smaller relative change of the value means nothing.
     options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "gtol": 1e-6, "ftol": 1e-9}
     start = np.zeros(np.prod(shape))
     found = scipy.optimize.minimize(value_and_grad, start, jac=True, method="L-BFGS-B", options=options)
-    return found.x.reshape(shape).astype(np.float32)
+    return (to_weights_ExE @ found.x.reshape(shape)).astype(np.float32)
 
 
 def best_exponent(quality: Callable[[float], tuple[float, ...]]) -> float:
