@@ -32,10 +32,12 @@ def open_writers(workdir: epath.Path, config: Config) -> list[Any]:
     """TensorBoard's writer where clu's can be imported, and that of Weights & Biases where a project is named."""
     opened = []
     try:
-        from clu import metric_writers  # imports TensorFlow, which training does without
+        import tensorflow as tf  # which training does without
+        from clu import metric_writers
     except ImportError:
         _log.info("TensorBoard is off: clu's writer needs TensorFlow (pip install tensorflow tensorboard)")
     else:
+        tf.config.set_visible_devices([], "GPU")  # or it would take the memory of them all
         opened.append(metric_writers.SummaryWriter(os.fspath(workdir)))
     if config.log.wandb:
         opened.append(WeightsAndBiases(workdir, config))

@@ -45,11 +45,16 @@ def tensorboard(monkeypatch):
     monkeypatch.setattr(Recorder, "made", [])
     module = types.ModuleType("clu.metric_writers")
     module.SummaryWriter = Recorder
+    tensorflow, hidden = types.ModuleType("tensorflow"), []
+    tensorflow.__spec__ = importlib.util.spec_from_loader("tensorflow", None)
+    tensorflow.config = types.SimpleNamespace(set_visible_devices=lambda *what: hidden.append(what))
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
     clu = types.ModuleType("clu")
     clu.metric_writers = module
     monkeypatch.setitem(sys.modules, "clu", clu)
     monkeypatch.setitem(sys.modules, "clu.metric_writers", module)
-    return Recorder.made
+    yield Recorder.made
+    assert hidden == [([], "GPU")]
 
 
 @pytest.fixture
