@@ -41,8 +41,8 @@ HEADER = """# Accuracy against time
 Written by `python -m benchmarks.tradeoff --workdir=DIR`: the paper's figure 1 with a FLIP of {width} x {depth} layers
 on 64 px emoji, zero-shot on the 1,890 classes of another vendor's drawings, in percent, mean and standard deviation
 over seeds. Batches of 128, 256 and 512 at mask 0, 0.5 and 0.75, as in the paper's table 1a; each length is a run of its
-own with its own schedule. Time is steps times the median seconds of one: {steps} ({rounds} rounds in turn on {device},
-input pipeline included). Compiling, evaluating and saving are left out.
+own with its own schedule. Time is steps times the median time of one, input pipeline included, over {rounds} rounds in
+turn on {device}: {steps}. Compiling, evaluating and saving are left out.
 
 ![Accuracy against time](images/tradeoff.png)
 
