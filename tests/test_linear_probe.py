@@ -58,7 +58,7 @@ def test_weights_are_those_of_newtons_method(monkeypatch, penalty, devices):
     x, label = clusters(150)
     mesh = sharding.make_mesh(Mesh(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        found = linear_probe.fit(linear_probe.place(mesh, x.astype(np.float32), label), 3, penalty, mesh)
+        found = linear_probe.make_fit(linear_probe.place(mesh, x.astype(np.float32), label), 3, mesh)(penalty)
     expected = newton(x, label, 3, penalty)
     np.testing.assert_allclose(found[:-1], expected[:-1], atol=2e-3 * np.abs(expected).max())
     found, expected = (w[-1] - w[-1].mean() for w in (found, expected))

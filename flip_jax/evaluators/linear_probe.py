@@ -111,7 +111,7 @@ def _hits(weight_ExC, rows, blocks):
 
 
 def loss(weight_ExC: np.ndarray, rows: Rows, mesh: Mesh, penalty: float = 0.0) -> tuple[float, np.ndarray]:
-    """What `fit` makes least, inside `jax.set_mesh(mesh)`, and its gradient."""
+    """What the fit makes least, inside `jax.set_mesh(mesh)`, and its gradient."""
     value, grad = _value_and_grad(weight_ExC, rows, np.float32(penalty), _blocks(mesh, len(rows.x_NxD)))
     return float(value), np.asarray(grad)
 
@@ -135,34 +135,34 @@ def _moments(rows, blocks):
     return jax.tree.map(sharding.whole, (mean_D, covariance_DxD, count))
 
 
-def _coordinates(rows: Rows, classes: int, penalty: float, mesh: Mesh) -> np.ndarray:
-    """The matrix [width + 1, width + 1] to the weights from coordinates in which all directions are about as curved.
+def make_fit(rows: Rows, classes: int, mesh: Mesh) -> Callable[[float], np.ndarray]:
+    """A function: a penalty, scikit-learn's 1 / C, to the weights f32 [width + 1, classes] of least cross-entropy.
 
-    In them features are centred, uncorrelated, and scaled by what curves the objective where all classes are as likely:
-    their variance / classes, and the penalty.
+    It walks in coordinates in which all directions are about as curved. In them features are centred, uncorrelated, and
+    scaled by what curves the objective where all classes are as likely: their variance / classes, and the penalty. The
+    first two do not depend on the penalty, and are found once.
     """
+    shape = rows.x_NxD.shape[1] + 1, classes
     moments = _moments(rows, _blocks(mesh, len(rows.x_NxD)))
     mean_D, covariance_DxD, count = (np.asarray(x, np.float64) for x in moments)
     variance_D, axis_DxD = np.linalg.eigh(covariance_DxD)
     variance_D = np.maximum(variance_D, 1e-7 * variance_D[-1])  # below it f32 knows none
-    axis_DxD /= np.sqrt(variance_D + penalty * classes / count)
-    return np.block([[axis_DxD, np.zeros((len(mean_D), 1))], [-mean_D @ axis_DxD, np.ones(1)]])
 
+    def fit(penalty):
+        scaled_DxD = axis_DxD / np.sqrt(variance_D + penalty * classes / count)
+        to_weights_ExE = np.block([[scaled_DxD, np.zeros((len(mean_D), 1))], [-mean_D @ scaled_DxD, np.ones(1)]])
 
-def fit(rows: Rows, classes: int, penalty: float, mesh: Mesh) -> np.ndarray:
-    """The weights f32 [width + 1, classes] of least cross-entropy; `penalty` is scikit-learn's 1 / C."""
-    shape = rows.x_NxD.shape[1] + 1, classes
-    to_weights_ExE = _coordinates(rows, classes, penalty, mesh)
+        def value_and_grad(flat):
+            value, grad = loss((to_weights_ExE @ flat.reshape(shape)).astype(np.float32), rows, mesh, penalty)
+            return value, (to_weights_ExE.T @ grad).ravel()
 
-    def value_and_grad(flat):
-        value, grad = loss((to_weights_ExE @ flat.reshape(shape)).astype(np.float32), rows, mesh, penalty)
-        return value, (to_weights_ExE.T @ grad).ravel()
+        # Of f32 arithmetic, a smaller relative change of the value means nothing.
+        options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "gtol": 1e-6, "ftol": 1e-9}
+        start = np.zeros(np.prod(shape))
+        found = scipy.optimize.minimize(value_and_grad, start, jac=True, method="L-BFGS-B", options=options)
+        return (to_weights_ExE @ found.x.reshape(shape)).astype(np.float32)
 
-    # Of f32 arithmetic, a smaller relative change of the value means nothing.
-    options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "gtol": 1e-6, "ftol": 1e-9}
-    start = np.zeros(np.prod(shape))
-    found = scipy.optimize.minimize(value_and_grad, start, jac=True, method="L-BFGS-B", options=options)
-    return (to_weights_ExE @ found.x.reshape(shape)).astype(np.float32)
+    return fit
 
 
 def best_exponent(quality: Callable[[float], tuple[float, ...]]) -> float:
@@ -189,14 +189,16 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
         held_N = jax.make_array_from_callback(held_N.shape, train.real_N.sharding, lambda index: held_N[index])
         seen, held = (train._replace(real_N=jnp.where(held_N == side, train.real_N, 0)) for side in (False, True))
 
+        fit = make_fit(seen, classes, mesh)
+
         def quality(exponent):
             """The accuracy, and of equals the loss: few pictures do not tell penalties apart."""
-            weights = fit(seen, classes, 10**exponent, mesh)
+            weights = fit(10**exponent)
             bar.update()
             return zeroshot.accuracies(count(weights, held, mesh))[dataset.metric], -loss(weights, held, mesh)[0]
 
         exponent = best_exponent(quality)
-        hits = count(fit(train, classes, 10**exponent, mesh), place(mesh, *test), mesh)
+        hits = count(make_fit(train, classes, mesh)(10**exponent), place(mesh, *test), mesh)
     values = zeroshot.accuracies(hits)
     if jax.process_index() == 0:
         found = f"top-1 {values['top1']:.2f} % over {len(test[1])} pictures, penalty 10^{exponent:g}"
