@@ -69,7 +69,11 @@ def main(about: str) -> None:
         return run
 
     version = f"open_clip {open_clip.__version__}, torch {torch.__version__}"
-    turns.serve({"version": version}, {ratio: stepper(float(ratio)) for ratio in about["sample_flops"]})
+    programs = {ratio: stepper(float(ratio)) for ratio in about["sample_flops"]}
+    if on_cpu:
+        square = torch.ones(2 * [round((about["product_flops"] / 2) ** (1 / 3))])
+        programs["product"] = lambda times: [square @ square for _ in range(times)]
+    turns.serve({"version": version}, programs)
 
 
 if __name__ == "__main__":
