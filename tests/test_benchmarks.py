@@ -80,6 +80,7 @@ TIMES = {
     ("flip_jax", "product"): [0.01, 0.02, 0.04],
     ("open_clip", "0.0"): [2.0, 6.0, 4.0],
     ("open_clip", "0.5"): [],
+    ("open_clip", "product"): [0.005, 0.004, 0.1],
 }
 
 
@@ -92,6 +93,7 @@ def test_rows_of_step_times_are_medians_of_rounds_and_of_their_ratios():
     assert whole["speed_of_open_clip"] == 0.75  # median of 2/4, 6/8, 4/4
     assert (half["time_of_unmasked"], half["flops_of_unmasked"], half["speed_of_open_clip"]) == (0.5, 0.5, None)
     assert peer["speed_of_open_clip"] is None
+    assert (whole["product_tflops"], peer["product_tflops"]) == (0.05, 0.2)
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -31,7 +31,6 @@ class Group:
         self._logs = [folder / f"process_{i}.log" for i in range(count)]
         # Without the cache of compiled programs, which the first process alone would find filled: it would run ahead.
         env = environment(devices=devices) | {"JAX_ENABLE_COMPILATION_CACHE": "false"} | env
-        env["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # half the time to compile
         how = {"cwd": REPO, "env": env, "stderr": subprocess.STDOUT}
         self.processes = []
         for i, path in enumerate(self._logs):
