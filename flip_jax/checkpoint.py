@@ -69,12 +69,15 @@ class Checkpoints:
     def check_config(self, config: Config):
         """Refuses to go on with a run of other settings than those that its newest checkpoint was written with.
 
+        A setting that there was not yet counts as its default, which is what was done before there was a choice.
+
         Raises:
           ValueError: the settings that differ, both values.
         """
+        written = config_lib.flatten(config_lib.Config()) | self.read("config")
         differences = [
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
-            for key, saved, ours in _differences(self.read("config"), config_lib.flatten(config))
+            for key, saved, ours in _differences(written, config_lib.flatten(config))
             if not key.startswith(config_lib.RESUMABLE_CHANGES)
         ]
         if differences:
