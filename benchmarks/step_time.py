@@ -33,9 +33,10 @@ Written by `python -m benchmarks.step_time --peer_python=PYTHON`: one train step
 data that are on the device already, flip_jax beside open_clip with patch dropout at the same sizes and batch, in turn
 in the same call. Medians over rounds, in brackets the fastest and the slowest. On CPUs in f32, with as many threads as
 cores, `model.unroll`, and the settings of malloc named below; elsewhere in bf16, open_clip compiled. `vit_s16` is
-ViT-S/16 at 224 px with a text tower of 256 x 4 layers. FLOPs are the model's, without recompute; MFU is their rate as a share of the data sheet's bf16 peak, for CPUs of the
-median rate of XLA's f32 product of 2,048 x 2,048 matrices in the same rounds. The paper has, for L/16 on TPU v3 and
-batches that double from mask to mask, times of 1.00 / 0.50 / 0.33 and FLOPs of 1.00 / 0.52 / 0.28.
+ViT-S/16 at 224 px with a text tower of 256 x 4 layers. FLOPs are the model's, without recompute; MFU is their rate as
+a share of the data sheet's bf16 peak, for CPUs of the median rate of XLA's f32 product of 2,048 x 2,048 matrices in
+the same rounds. The paper has, for L/16 on TPU v3 and batches that double from mask to mask, times of 1.00 / 0.50 /
+0.33 and FLOPs of 1.00 / 0.52 / 0.28.
 {official}
 ![Images per second and time of a step](images/step_time.png)
 
