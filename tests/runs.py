@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 import numpy as np
-from conftest import COMPILE_FAST, DEVICES, REPO
+from conftest import DEVICES, REPO
 
 import flip_jax
 
@@ -48,7 +48,7 @@ CACHE = tempfile.TemporaryDirectory(prefix="flip_jax-compiled-")
 def environment(devices=1):
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{COMPILE_FAST} {DEVICES}{devices}",
+        "XLA_FLAGS": f"{DEVICES}{devices}",
         "JAX_COMPILATION_CACHE_DIR": CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }

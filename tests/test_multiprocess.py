@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import COMPILE_FAST, REPO
 from flax.traverse_util import flatten_dict
 from runs import arguments, environment, final_params, leaves, metrics
 
@@ -31,6 +31,7 @@ class Group:
         self._logs = [folder / f"process_{i}.log" for i in range(count)]
         # Without the cache of compiled programs, which the first process alone would find filled: it would run ahead.
         env = environment(devices=devices) | {"JAX_ENABLE_COMPILATION_CACHE": "false"} | env
+        env["XLA_FLAGS"] += f" {COMPILE_FAST}"
         how = {"cwd": REPO, "env": env, "stderr": subprocess.STDOUT}
         self.processes = []
         for i, path in enumerate(self._logs):
