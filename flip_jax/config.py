@@ -90,7 +90,7 @@ class Model:
     dtype: str = "bfloat16"
     remat: str = "none"  # or "dots", "names", "full": less and less is kept; "auto": the first of them that fits
     attention: str = "xla"  # or "cudnn": cuDNN's, on NVIDIA GPUs and where no token is padding or to come
-    unroll: bool = False  # layers written out instead of a loop: longer to compile, twice as fast on CPUs
+    unroll: bool = False  # layers written out instead of a loop: longer to compile, faster on CPUs
 
 
 @dataclasses.dataclass(frozen=True)
