@@ -71,7 +71,7 @@ def main(about: str) -> None:
     version = f"open_clip {open_clip.__version__}, torch {torch.__version__}"
     programs = {ratio: stepper(float(ratio)) for ratio in about["sample_flops"]}
     if on_cpu:
-        square = torch.ones(2 * [round((about["product_flops"] / 2) ** (1 / 3))])
+        square = torch.ones(turns.PRODUCT, turns.PRODUCT)
         programs["product"] = lambda times: [square @ square for _ in range(times)]
     turns.serve({"version": version}, programs)
 

@@ -32,7 +32,6 @@ MODELS = {
     ),
 }
 PROBES = 64, 128  # batches whose memory tells that of others
-PRODUCT = 2048  # rows and columns of the matrix product whose rate stands for a CPU's peak
 
 
 def largest(peaks: tuple[int, int], limit: float) -> int:
@@ -88,7 +87,7 @@ def main(name: str, batch: str, attention: str) -> None:
         programs = {str(ratio): stepper(step) for ratio, (_, step) in built.items()}
         peak = metrics.peak_flops()
         if on_cpu:
-            square, multiply = jnp.ones((PRODUCT, PRODUCT)), jax.jit(jnp.matmul)
+            square, multiply = jnp.ones((turns.PRODUCT, turns.PRODUCT)), jax.jit(jnp.matmul)
             programs["product"] = lambda times: jax.block_until_ready([multiply(square, square) for _ in range(times)])
         about = {
             "version": f"jax {jax.__version__}",
@@ -102,7 +101,7 @@ def main(name: str, batch: str, attention: str) -> None:
                 )
                 for ratio in RATIOS
             },
-            "product_flops": 2 * PRODUCT**3,
+            "product_flops": 2 * turns.PRODUCT**3,
             "peak_flops": peak and peak / jax.device_count(),
             "model": dataclasses.asdict(model),
         }

@@ -56,15 +56,20 @@ def summarise(times: dict[tuple[str, str], list[float]], about: dict) -> list[di
 
     `times` has seconds by (framework, mask), round after round, and ("flip_jax", "product") those of a matrix product.
     """
-    peak = about["peak_flops"] or about["product_flops"] / float(np.median(times["flip_jax", "product"]))
+    products = {  # FLOP/s
+        framework: about["product_flops"] / float(np.median(seconds))
+        for (framework, mask), seconds in times.items()
+        if mask == "product" and seconds
+    }
+    peak = about["peak_flops"] or products["flip_jax"]
     rows = []
     for (framework, mask), seconds in times.items():
         if mask == "product" or not seconds:
             continue
         rate = about["batch"] / float(np.median(seconds))
         row = {key: about[key] for key in ("device", "dtype", "model", "batch")}
-        if product := times.get((framework, "product")):
-            row["product_tflops"] = about["product_flops"] / float(np.median(product)) / 1e12
+        if framework in products:
+            row["product_tflops"] = products[framework] / 1e12
         row |= {"framework": framework, "attention": about["attention"] if framework == "flip_jax" else ""}
         row |= {"mask": float(mask), "rounds": len(seconds)}
         row |= {"seconds": float(np.median(seconds)), "fastest": min(seconds), "slowest": max(seconds)}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
+PRODUCT = 2048  # rows and columns of the matrix product whose rate stands for a CPU's peak, in every process
 LEAST = 1.0  # seconds of a turn: what takes less is repeated
 
 
