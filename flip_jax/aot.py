@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     needed = sum(array["bytes"] for array in saved)
     try:
         # What is saved may yet shrink, but not to half: no need to compile for minutes to be refused.
-        compiled = lowered.compile() if not limit or needed <= 2 * limit else None
+        compiled, text = _compile(lowered, mesh) if not limit or needed <= 2 * limit else (None, None)
     except jax.errors.JaxRuntimeError as error:
         refusal = _REFUSAL.search(str(error))
         if not refusal:
@@ -160,12 +161,10 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     result |= {"fits": not limit or peak <= limit, "largest": [], "compile_seconds": seconds}
     if not result["fits"]:
         result["try"] = advice(config, mesh.size)
-    try:
-        module = hlo.Module(compiled.as_text())
-    except jax.errors.JaxRuntimeError as error:
-        # A libtpu newer than jaxlib may use instructions that jaxlib cannot print.
-        _say(f"memory only, the compiled program cannot be read here: {error}")
+    if not text:
+        _say("memory only: this libtpu does not write down what it compiled; take another (pip install -U libtpu)")
         return result
+    module = hlo.Module(text)
     flops, passes = module.flops()
     traffic, collectives = module.hbm_bytes(), module.collectives(mesh.shape)
     model_flops = metrics.flops_per_sample(config.model, config.finetune.classes) * config.global_batch_size / mesh.size
@@ -179,6 +178,18 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     if chip:
         result |= _bounds(kind, passes, traffic, sum(c.wire_bytes for c in collectives), model_flops)
     return result
+
+
+def _compile(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, str | None]:
+    """The compiled program and its text; None where that cannot be had."""
+    if mesh.devices.flat[0].platform == "cpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # By the compiler itself: jaxlib cannot print the instructions of a libtpu that is newer, such as those for v5p.
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        written = next(pathlib.Path(folder).glob("*.after_codegen.txt"), None)
+        return compiled, written and written.read_text()
 
 
 def _bounds(kind, passes, traffic, wire_bytes, model_flops):

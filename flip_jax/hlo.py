@@ -1,7 +1,7 @@
 """What an optimised HLO module does on one device: matrix FLOPs, memory traffic, collectives and large arrays.
 
 XLA's own cost analysis counts the body of a loop once; here everything inside is multiplied by the loop's trip count.
-Written for the text of `jax.stages.Compiled.as_text()` on CPUs and TPUs.
+Written for the text of `jax.stages.Compiled.as_text()` on CPUs and what XLA dumps "after_codegen" for TPUs.
 """
 
 import math
@@ -18,7 +18,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)$
 _CALLED = re.compile(r"(?:calls|to_apply|body|\w*computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 # Moves nothing, or what it moves is counted inside or at its other half. A TPU's custom calls are bookkeeping.
-_FREE = "parameter constant tuple get-tuple-element bitcast while conditional call custom-call".split()
+_FREE = "parameter constant tuple get-tuple-element bitcast while conditional call custom-call async-start".split()
 
 
 class Instruction(NamedTuple):
@@ -125,12 +125,10 @@ class Module:
             read = sum(min(_hbm(body[o].shape), self._read(inner, n)) for n, o in enumerate(instruction.operands))
             return read + min(_hbm(instruction.shape), self._written(inner))
         if instruction.op in ("slice", "dynamic-slice", "gather"):
-            return 2 * _hbm(instruction.shape)
+            part = instruction.shape
+            return min(_hbm(body[instruction.operands[0]].shape), nbytes(part)) + _hbm(part)
         if instruction.op == "dynamic-update-slice":
             return 2 * _hbm(body[instruction.operands[1]].shape)
-        if instruction.op == "slice-start":  # of ((whole), part, context): it reads no more than the part
-            whole, part = (found[0] for found in list(_ARRAY.finditer(instruction.shape))[:2])
-            return min(_hbm(whole), nbytes(part)) + _hbm(part)
         shapes = instruction.shape.split(", ")[0] if instruction.op.endswith("-start") else instruction.shape
         return _hbm(shapes) + sum(_hbm(body[o].shape) for o in instruction.operands)
 
