@@ -5,7 +5,6 @@ import time
 
 STARTED = time.perf_counter()  # before the other imports, which take seconds
 
-import difflib
 import logging
 import os
 import pathlib
@@ -76,20 +75,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         _CONFIG.value.lock()  # a recipe that could not be read says so at its first use
         return rest
     except (KeyError, AttributeError, OSError) as error:
-        reason = _unknown_setting(argv) or " ".join(str(error.args[0]).split())
-        sys.exit(f"error: --config: {reason}; flip_jax/config.py has all settings")
-
-
-def _unknown_setting(argv: list[str]) -> str | None:
-    """What to say of the first --config.KEY that is none, with those that end alike or are written alike."""
-    known = list(config_lib.flatten(config_lib.Config()))
-    for key in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
-        if key not in known:
-            alike = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
-            near = alike or difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {' or '.join(f'config.{name}' for name in near)}" if near else ""
-            return f"config.{key} is unknown{hint}"
-    return None
+        keys = re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE)
+        reason = next(filter(None, map(config_lib.unknown, keys)), " ".join(str(error.args[0]).split()))
+        sys.exit(f"error: --config: {reason} (flip_jax/config.py has all settings)")
 
 
 if __name__ == "__main__":

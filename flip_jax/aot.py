@@ -358,7 +358,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise ValueError(error) from error
     except (KeyError, AttributeError, OSError) as error:
         what = " ".join(str(error.args[0]).split())
-        raise ValueError(f"--config: {what}; flip_jax/config.py has all settings") from error
+        raise ValueError(f"--config: {what} (flip_jax/config.py has all settings)") from error
     if rest:
         raise ValueError(f"unexpected arguments: {' '.join(rest)}")
     if not values.table and not (values.config and values.topology):

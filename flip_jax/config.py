@@ -262,23 +262,26 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
     return from_config_dict(nested)
 
 
+def unknown(key: str) -> str | None:
+    """What to say of a key that is no setting, with those that end alike or are written alike; None if it is one."""
+    known = flatten(Config())
+    if key in known:
+        return None
+    alike = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
+    near = alike or difflib.get_close_matches(key, [*known, *(name.rpartition(".")[0] for name in known)], n=1)
+    hint = " or ".join(f"config.{name}" for name in near)
+    return f"config.{key} is unknown" + (f"; did you mean {hint}?" if hint else "")
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"config.{prefix[:-1]} is a group of settings, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean config.{prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
-            raise ValueError(f"config.{prefix}{key} is unknown; {hint}")
-    built = {}
+    hints, built = typing.get_type_hints(cls), {}
     for key, value in values.items():
-        hint = hints[key]
-        built[key] = (
-            _build(hint, value, f"{prefix}{key}.")
-            if dataclasses.is_dataclass(hint)
-            else _cast(hint, value, prefix + key)
-        )
+        if key not in hints:
+            raise ValueError(unknown(prefix + key))
+        group = dataclasses.is_dataclass(hints[key])
+        built[key] = _build(hints[key], value, f"{prefix}{key}.") if group else _cast(hints[key], value, prefix + key)
     return cls(**built)
 
 
@@ -316,16 +319,14 @@ _CHOICES = {
     "optim.mu_dtype": ("bfloat16", "float32"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
+_ABOVE_ZERO = ("optim.base_learning_rate", "model.temperature", "model.norm_eps")
+_ZERO_OR_MORE = ("model.decoder.weight", "finetune.mixup", "finetune.cutmix")
 _RANGES = {
-    **dict.fromkeys(
-        ("optim.base_learning_rate", "model.temperature", "model.norm_eps"), ("be above 0", lambda x: x > 0)
-    ),
-    "model.decoder.weight": ("be at least 0", lambda x: x >= 0),
+    **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
+    **dict.fromkeys(_ZERO_OR_MORE, ("be at least 0", lambda x: x >= 0)),
     "model.decoder.width": ("divide by 4", lambda x: x % 4 == 0),
     "finetune.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
     "finetune.label_smoothing": ("be in [0, 1)", lambda x: 0 <= x < 1),
-    "finetune.mixup": ("be at least 0", lambda x: x >= 0),
-    "finetune.cutmix": ("be at least 0", lambda x: x >= 0),
 }
 _AT_LEAST_ZERO = ("warmup_samples", "eval.every_steps", "checkpoint.every_steps", "data.threads", "finetune.classes")
 
@@ -336,10 +337,9 @@ def _check(config: Config) -> None:
         if flat[key] not in allowed:
             raise ValueError(f"config.{key} must be one of {', '.join(allowed)}; got {flat[key]!r}")
     for key, value in flat.items():
-        if type(value) is int and key != "seed":
-            least = 0 if key in _AT_LEAST_ZERO else 1
-            if value < least:
-                raise ValueError(f"config.{key} must be at least {least}, got {value}")
+        least = 0 if key in _AT_LEAST_ZERO else 1
+        if type(value) is int and key != "seed" and value < least:
+            raise ValueError(f"config.{key} must be at least {least}, got {value}")
     for key, (must, good) in _RANGES.items():
         if not good(flat[key]):
             raise ValueError(f"config.{key} must {must}, got {flat[key]}")

@@ -1,8 +1,9 @@
 """Contrastive losses over the global batch, inside `jax.set_mesh`.
 
 Each device holds b of the N = b * P pairs. Its b rows are compared with all N columns, which an all-gather brings; the
-gradient flows back through the gather. Columns come in slices, so that a block of logits never exceeds `BLOCK` values,
-and the backward pass computes each block again instead of keeping it.
+gradient flows back through the gather. Rows meet columns in slices, so that a block of logits never exceeds `BLOCK`
+values, and the backward pass computes each block again instead of keeping it. Beyond `GATHERED` values the columns are
+gathered slice by slice, too, and once more for the backward pass.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec
 from flip_jax.sharding import BATCH
 
 BLOCK = 2**24  # logits held at once on a device: 64 MiB, the whole of 256 rows x 65,536 columns
+GATHERED = 2**26  # values of a tower's embeddings that a device holds of all pairs: 256 MiB, 65,536 of 1,024
 
 
 def info_nce(image_BxE: jax.Array, text_BxE: jax.Array, scale: jax.Array, *, block: int = BLOCK) -> jax.Array:
@@ -82,18 +84,22 @@ def _over_columns(row_bxE, column_bxE, *, logit, reduce, block, combine=None):
     `combine` (default: `reduce` itself) joins what `reduce` made of slices of the columns.
     """
     rows, width = row_bxE.shape
-    slices = _slices(rows, rows * rows * jax.lax.axis_size(BATCH), block)
+    columns = rows * jax.lax.axis_size(BATCH)
+    slices = _slices(rows, rows * columns, block)
     gather = functools.partial(jax.lax.all_gather, axis_name=BATCH, tiled=True)
 
     def compare(column_CxE):
         # Full precision: a bf16 product would be off by 0.4 at a scale of 100.
         return reduce(logit(jnp.einsum("be,ce->bc", row_bxE, column_CxE, precision="highest")), 1)
 
+    if columns * width <= GATHERED:
+        # Outside of the checkpoint, or the backward pass would gather again.
+        one, column_bxE = jax.checkpoint(compare), gather(column_bxE)
+    else:
+        one = jax.checkpoint(lambda column_cxE: compare(gather(column_cxE)))
     if slices == 1:
-        # Gathered outside of the checkpoint, or the backward pass would gather again.
-        return jax.checkpoint(compare)(gather(column_bxE))
-    one = jax.checkpoint(lambda column_cxE: compare(gather(column_cxE)))
-    return (combine or reduce)(jax.lax.map(one, column_bxE.reshape(slices, rows // slices, width)), 0)
+        return one(column_bxE)
+    return (combine or reduce)(jax.lax.map(one, column_bxE.reshape(slices, -1, width)), 0)
 
 
 def _slices(rows: int, logits: int, block: int) -> int:

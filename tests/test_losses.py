@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flip_jax import losses, sharding
+from flip_jax import hlo, losses, sharding
 from flip_jax.config import Mesh
 
 
@@ -44,7 +44,7 @@ def embeddings(rows, width, seed=0):
 
 
 @pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 1), (8, 2)])
-@pytest.mark.parametrize("block", [losses.BLOCK, 600, 1])
+@pytest.mark.parametrize("block, gathered", [(losses.BLOCK, losses.GATHERED), (600, losses.GATHERED), (600, 0), (1, 0)])
 @pytest.mark.parametrize(
     "name, reference, scalars",
     [
@@ -54,7 +54,10 @@ def embeddings(rows, width, seed=0):
         ("sigmoid", dense_sigmoid, (100.0, 3.0)),
     ],
 )
-def test_value_and_gradients_equal_the_dense_reference(devices, fsdp, block, name, reference, scalars):
+def test_value_and_gradients_equal_the_dense_reference(
+    devices, fsdp, block, gathered, name, reference, scalars, monkeypatch
+):
+    monkeypatch.setattr(losses, "GATHERED", gathered)
     image, text = embeddings(48, 12)
     mesh = sharding.make_mesh(Mesh(fsdp=fsdp), jax.devices()[:devices])
     loss = functools.partial(getattr(losses, name), block=block)
@@ -66,6 +69,23 @@ def test_value_and_gradients_equal_the_dense_reference(devices, fsdp, block, nam
     np.testing.assert_allclose(value, expected, rtol=2e-6)
     for grad, reference in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad, reference, rtol=2e-5, atol=2e-6 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("gathered, times", [(losses.GATHERED, 1), (0, 2)])
+def test_embeddings_are_gathered_once_unless_they_are_too_many(gathered, times, monkeypatch):
+    """An audit: in slices or not, a device gets the columns of both towers, and gives their gradients."""
+    monkeypatch.setattr(losses, "GATHERED", gathered)
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:8])
+    rows, whole = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    pairs = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=rows)
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    with jax.set_mesh(mesh):
+        loss = functools.partial(losses.info_nce, block=8 * 64 // 2)  # two slices
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        text = step.lower(pairs, pairs, scale).compile().as_text()
+    sent = {c.op: c.bytes for c in hlo.Module(text).collectives(mesh.shape)}
+    columns = 2 * 64 * 16 * 4
+    assert sent == {"all-gather": times * columns, "reduce-scatter": columns, "all-reduce": 4}
 
 
 def test_identical_embeddings_at_the_largest_scale_do_not_overflow():
