@@ -176,7 +176,9 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
         "collectives": [c._asdict() for c in collectives],
     }
     if chip:
-        result |= _bounds(kind, passes, traffic, sum(c.wire_bytes for c in collectives), model_flops)
+        result |= _bounds(
+            kind, passes, traffic, sum(c.wire_bytes for c in collectives if c.axes != hlo.BETWEEN_SLICES), model_flops
+        )
     return result
 
 

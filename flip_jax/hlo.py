@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = ("slices",)  # what a collective over the data centre's network has for its axes
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)$")
@@ -162,31 +163,41 @@ class Module:
         return nbytes(instruction.shape)
 
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
-        """What a step sends between devices, by kind and axes of `mesh` (name to size, as in `Mesh.shape`)."""
+        """What a step sends between devices, by kind and axes of `mesh` (name to size, as in `Mesh.shape`).
+
+        What goes from one TPU slice to another has `BETWEEN_SLICES` for its axes.
+        """
         found: dict[tuple, list] = {}
         chains = set()
         for name, instruction, times, _ in self.walk():
-            # On TPUs a reduce-scatter is an all-reduce in a fusion that keeps a part of it.
-            scattered = instruction.op == "all-reduce" and name.startswith("all-reduce-scatter")
-            op = "reduce-scatter" if scattered else instruction.op.removesuffix("-start")
-            if op not in COLLECTIVES:
+            if between := _between_slices(instruction):
+                op, axes, parties, size = between
+            elif within := self._within_slice(name, instruction, mesh, chains):
+                op, axes, parties, size = within
+            else:
                 continue
-            # An asynchronous collective stands in each of the fusions that it runs beside.
-            if chain := re.search(r'chain_id="(\d+)"', instruction.rest):
-                if chain[1] in chains:
-                    continue
-                chains.add(chain[1])
-            body = self.computations[name]
-            sent = sum(nbytes(body[o].shape) for o in instruction.operands)
-            size = max(sent, nbytes(instruction.shape) - (sent if instruction.op.endswith("-start") else 0))
-            members = groups(instruction.rest, math.prod(mesh.values()))
-            coordinates = np.unravel_index(members, tuple(mesh.values()))
-            axes = tuple(axis for axis, c in zip(mesh, coordinates, strict=True) if (c != c[:, :1]).any())
-            share = 1 if op == "collective-permute" else (2 if op == "all-reduce" else 1) * (1 - 1 / members.shape[1])
+            share = 1 if op == "collective-permute" else (2 if op == "all-reduce" else 1) * (1 - 1 / parties)
             total = found.setdefault((op, axes), [0, 0, 0.0])
             for n, value in enumerate((times, times * size, times * size * share)):
                 total[n] += value
         return [Collective(*key, *total) for key, total in sorted(found.items())]
+
+    def _within_slice(self, name, instruction, mesh, chains):
+        """(kind, mesh axes, how many take part, bytes of the larger side); None if it is none, or a known one."""
+        # On TPUs a reduce-scatter is an all-reduce in a fusion that keeps a part of it.
+        scattered = instruction.op == "all-reduce" and name.startswith("all-reduce-scatter")
+        op = "reduce-scatter" if scattered else instruction.op.removesuffix("-start")
+        # An asynchronous collective stands in each of the fusions that it runs beside.
+        chain = re.search(r'chain_id="(\d+)"', instruction.rest)
+        if op not in COLLECTIVES or (chain and chain[1] in chains):
+            return None
+        chains |= {chain[1]} if chain else set()
+        sent = sum(nbytes(self.computations[name][o].shape) for o in instruction.operands)
+        size = max(sent, nbytes(instruction.shape) - (sent if instruction.op.endswith("-start") else 0))
+        members = groups(instruction.rest, math.prod(mesh.values()))
+        coordinates = np.unravel_index(members, tuple(mesh.values()))
+        axes = tuple(axis for axis, c in zip(mesh, coordinates, strict=True) if (c != c[:, :1]).any())
+        return op, axes, members.shape[1], size
 
     def largest(self, count: int = 5) -> list[tuple[int, str, str]]:
         """(bytes, type and shape, operation of the model) of the largest arrays in main memory that are computed."""
@@ -199,6 +210,17 @@ class Module:
                 size = _hbm(f"{dtype}[{dims}]{{{layout}}}")
                 found.setdefault((size, f"{dtype}[{dims}]"), source[1] if source else instruction.name)
         return [(*key, found[key]) for key in sorted(found, reverse=True)[:count]]
+
+
+def _between_slices(instruction: Instruction) -> tuple[str, tuple[str, ...], int, int] | None:
+    """As `Module._within_slice`, of a collective over slices: the hosts' transfers, of which the larger side counts."""
+    transfer = re.search(r'_xla_megascale_target="\{([\d,:]+)\}.*_transfer_type="(\w+)"', instruction.rest)
+    op = transfer and transfer[2].lower().replace("_", "-")
+    if not transfer or instruction.op != ("recv" if op == "all-gather" else "send"):
+        return None
+    ranges = (part.split(":") for part in transfer[1].split(","))
+    slices = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+    return op, BETWEEN_SLICES, slices, nbytes(_ARRAY.search(instruction.shape)[0])
 
 
 def groups(attributes: str, devices: int) -> np.ndarray:

@@ -203,12 +203,19 @@ def test_a_real_tpu_compiler(run, topology, kind):
 
 @pytest.mark.slow
 def test_two_slices(run):
-    """One program for both; FSDP gathers within a slice, and what goes between them is no collective in the program."""
+    """FSDP gathers within a slice; between them go embeddings, their gradients, and the gradients of the parameters."""
     pytest.importorskip("libtpu")
     code, out, _ = run("--topology=2*v5e:2x2", "--json", "--config.mesh.fsdp=4", "--config.model.dtype=bfloat16")
     result = json.loads(out)
     assert code == 0 and result["devices"] == 8 and result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert ("all-gather", "fsdp") in sent(result) and {axis for _, *axes in sent(result) for axis in axes} == {"fsdp"}
+    found = sent(result)
+    assert {axis for _, *axes in found for axis in axes} == {"fsdp", "slices"} and ("all-gather", "fsdp") in found
+    assert {op: found[op, axis][0] for op, axis in found if axis == "slices" and op != "all-reduce"} == {
+        "all-gather": 2,
+        "reduce-scatter": 2,
+    }
+    assert found["all-gather", "slices"][1] == 2 * 4 * 16 * 4  # the two rows of a device and of its like, f32
+    assert 4 * PARAMS / 4 < found["all-reduce", "slices"][1] < 4 * PARAMS  # a part each, and some vectors whole
 
 
 LOOP = """HloModule test
