@@ -62,8 +62,8 @@ SLICES = {"v3-256": "v3:16x8", "v4-256": "v4:4x4x8", "v5e-256": "v5e:16x16", "v5
 SLICES |= {"v6e-256": "v6e:16x16", "v3-512": "v3:16x16"}
 ROWS = [(recipe, name) for recipe in RECIPES for name in SLICES if recipe == "flip_h14" or name != "v3-512"]
 FIRST = [("flip_l16", "v3-256"), ("flip_h14", "v3-512")]  # the paper's own
-# From the least recompute to the least memory.
-LADDER = [{"model.remat": remat, "mesh.fsdp": fsdp} for remat in REMAT for fsdp in (1, 8)]
+# As "auto" does, from the least recompute to the least memory.
+LADDER = [{"model.remat": remat, "mesh.fsdp": fsdp} for remat in REMAT[1:] for fsdp in (1, 8)]
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -105,16 +105,18 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     Raises:
       ValueError: the topology, mesh and batch do not fit together.
     """
+    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    kind = mesh.devices.flat[0].device_kind
+    chip = CHIPS.get(kind)
+    limit = chip and int(chip.memory * GIB)
     if config.model.remat == "auto":
-        for policy in REMAT:
+        for policy in train_step.policies(config, limit):
             model = dataclasses.replace(config.model, remat=policy)
             result = analyse(dataclasses.replace(config, model=model), topology)
             if result["fits"] and (result["memory"]["limit"] is None or result["memory"]["spare"] >= SPARE):
                 break
         return result
-    mesh = sharding.make_mesh(config.mesh, devices(topology))
     train.check_batches(config, mesh)
-    kind = mesh.devices.flat[0].device_kind
     result = {
         "topology": topology,
         "device_kind": kind,
@@ -130,8 +132,6 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     program = train_step.make_program(config, mesh)
     lowered = train_step.lower(program, config, mesh)
     result["state_bytes"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
-    chip = CHIPS.get(kind)
-    limit = chip and int(chip.memory * GIB)
     saved = _saved(lowered.as_text(dialect="hlo"), config, mesh)
     needed = sum(array["bytes"] for array in saved)
     try:

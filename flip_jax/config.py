@@ -88,7 +88,7 @@ class Model:
     norm_eps: float = 1e-6
     loss: str = "info_nce"  # or "sigmoid" (SigLIP), with a learned bias
     dtype: str = "bfloat16"
-    remat: str = "none"  # or "dots", "names", "full": less and less is kept; "auto": the first of them that fits
+    remat: str = "none"  # or "dots", "names", "full": less and less is kept; "auto": the first that fits
     attention: str = "xla"  # or "cudnn": cuDNN's, on NVIDIA GPUs and where no token is padding or to come
     unroll: bool = False  # layers written out instead of a loop: longer to compile, faster on CPUs
 

@@ -146,16 +146,27 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     return peak + stats.output_size_in_bytes - stats.alias_size_in_bytes
 
 
+def policies(config: Config, limit: int | None) -> tuple[str, ...]:
+    """The remat policies to try in turn, on devices of `limit` bytes (None: not known, as on CPUs).
+
+    Of "auto", on accelerators, not "none": what "dots" computes again takes them less time than to write it to their
+    memory and to read it (docs/scale.md).
+    """
+    if config.model.remat != "auto":
+        return (config.model.remat,)
+    return REMAT if limit is None else REMAT[1:]
+
+
 def least_recompute(config: Config, mesh: Mesh, limit: int | None) -> tuple[str, Program, int]:
     """The remat policy, the program with its step compiled, and the bytes that it needs of each device.
 
-    Of `config.model.remat` "auto", the first policy that leaves a tenth of `limit` bytes free (None: the first).
+    Of `config.model.remat` "auto", the first of `policies` that leaves a tenth of `limit` bytes free (None: the first).
 
     Raises:
       ValueError: the step does not fit, whatever is recomputed.
     """
     refusals = []
-    for policy in REMAT if config.model.remat == "auto" else (config.model.remat,):
+    for policy in policies(config, limit):
         program = make_program(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy)), mesh)
         try:
             compiled = lower(program, config, mesh).compile()
