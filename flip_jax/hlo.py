@@ -170,12 +170,10 @@ class Module:
         found: dict[tuple, list] = {}
         chains = set()
         for name, instruction, times, _ in self.walk():
-            if between := _between_slices(instruction):
-                op, axes, parties, size = between
-            elif within := self._within_slice(name, instruction, mesh, chains):
-                op, axes, parties, size = within
-            else:
+            moved = _between_slices(instruction) or self._within_slice(name, instruction, mesh, chains)
+            if not moved:
                 continue
+            op, axes, parties, size = moved
             share = 1 if op == "collective-permute" else (2 if op == "all-reduce" else 1) * (1 - 1 / parties)
             total = found.setdefault((op, axes), [0, 0, 0.0])
             for n, value in enumerate((times, times * size, times * size * share)):
