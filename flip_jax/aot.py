@@ -30,7 +30,7 @@ from ml_collections import config_flags
 from flip_jax import config as config_lib
 from flip_jax import hlo, metrics, sharding, train, train_step
 from flip_jax.config import REMAT, Config
-from flip_jax.train_step import SPARE
+from flip_jax.train_step import LESS_AND_LESS, SPARE
 
 GIB = 2**30
 
@@ -63,7 +63,7 @@ SLICES |= {"v6e-256": "v6e:16x16", "v3-512": "v3:16x16"}
 ROWS = [(recipe, name) for recipe in RECIPES for name in SLICES if recipe == "flip_h14" or name != "v3-512"]
 FIRST = [("flip_l16", "v3-256"), ("flip_h14", "v3-512")]  # the paper's own
 # As "auto" does, from the least recompute to the least memory.
-LADDER = [{"model.remat": remat, "mesh.fsdp": fsdp} for remat in REMAT[1:] for fsdp in (1, 8)]
+LADDER = [{"model.remat": remat, "mesh.fsdp": fsdp} for remat in LESS_AND_LESS for fsdp in (1, 8)]
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -106,17 +106,20 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
       ValueError: the topology, mesh and batch do not fit together.
     """
     mesh = sharding.make_mesh(config.mesh, devices(topology))
-    kind = mesh.devices.flat[0].device_kind
-    chip = CHIPS.get(kind)
-    limit = chip and int(chip.memory * GIB)
-    if config.model.remat == "auto":
-        for policy in train_step.policies(config, limit):
-            model = dataclasses.replace(config.model, remat=policy)
-            result = analyse(dataclasses.replace(config, model=model), topology)
-            if result["fits"] and (result["memory"]["limit"] is None or result["memory"]["spare"] >= SPARE):
-                break
-        return result
     train.check_batches(config, mesh)
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    limit = chip and int(chip.memory * GIB)
+    for policy in train_step.policies(config, limit):
+        model = dataclasses.replace(config.model, remat=policy)
+        result = _analyse_one(dataclasses.replace(config, model=model), topology, mesh, limit)
+        if result["fits"] and (result["memory"]["limit"] is None or result["memory"]["spare"] >= SPARE):
+            break
+    return result
+
+
+def _analyse_one(config, topology, mesh, limit):
+    """As `analyse`, of one remat policy on devices of `limit` bytes (None: not known)."""
+    kind = mesh.devices.flat[0].device_kind
     result = {
         "topology": topology,
         "device_kind": kind,
@@ -175,10 +178,9 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
         "hbm_bytes": traffic,
         "collectives": [c._asdict() for c in collectives],
     }
-    if chip:
-        result |= _bounds(
-            kind, passes, traffic, sum(c.wire_bytes for c in collectives if c.axes != hlo.BETWEEN_SLICES), model_flops
-        )
+    if limit:
+        wire_bytes = sum(c.wire_bytes for c in collectives if c.axes != hlo.BETWEEN_SLICES)
+        result |= _bounds(kind, passes, traffic, wire_bytes, model_flops)
     return result
 
 

@@ -185,11 +185,13 @@ class Module:
         # On TPUs a reduce-scatter is an all-reduce in a fusion that keeps a part of it.
         scattered = instruction.op == "all-reduce" and name.startswith("all-reduce-scatter")
         op = "reduce-scatter" if scattered else instruction.op.removesuffix("-start")
-        # An asynchronous collective stands in each of the fusions that it runs beside.
-        chain = re.search(r'chain_id="(\d+)"', instruction.rest)
-        if op not in COLLECTIVES or (chain and chain[1] in chains):
+        if op not in COLLECTIVES:
             return None
-        chains |= {chain[1]} if chain else set()
+        # An asynchronous collective stands in each of the fusions that it runs beside.
+        if chain := re.search(r'chain_id="(\d+)"', instruction.rest):
+            if chain[1] in chains:
+                return None
+            chains.add(chain[1])
         sent = sum(nbytes(self.computations[name][o].shape) for o in instruction.operands)
         size = max(sent, nbytes(instruction.shape) - (sent if instruction.op.endswith("-start") else 0))
         members = groups(instruction.rest, math.prod(mesh.values()))
@@ -212,6 +214,8 @@ class Module:
 
 def _between_slices(instruction: Instruction) -> tuple[str, tuple[str, ...], int, int] | None:
     """As `Module._within_slice`, of a collective over slices: the hosts' transfers, of which the larger side counts."""
+    if instruction.op not in ("send", "recv"):
+        return None
     transfer = re.search(r'_xla_megascale_target="\{([\d,:]+)\}.*_transfer_type="(\w+)"', instruction.rest)
     op = transfer and transfer[2].lower().replace("_", "-")
     if not transfer or instruction.op != ("recv" if op == "all-gather" else "send"):

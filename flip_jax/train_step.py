@@ -15,6 +15,7 @@ from flip_jax.config import REMAT, Config
 from flip_jax.models import classifier
 from flip_jax.models.flip import FLIP
 
+LESS_AND_LESS = REMAT[1:]  # what "auto" tries on accelerators
 SPARE = 0.1  # of a device's memory: what `least_recompute` leaves free
 
 
@@ -154,7 +155,7 @@ def policies(config: Config, limit: int | None) -> tuple[str, ...]:
     """
     if config.model.remat != "auto":
         return (config.model.remat,)
-    return REMAT if limit is None else REMAT[1:]
+    return REMAT if limit is None else LESS_AND_LESS
 
 
 def least_recompute(config: Config, mesh: Mesh, limit: int | None) -> tuple[str, Program, int]:

@@ -323,7 +323,7 @@ def test_table_goes_on_where_it_stopped(tmp_path):
     asked = [None] * 5
     aot.write_table(path, measure)
     assert path.read_text().endswith(" |\n\n## What follows\n\nstays\n")
-    assert ("flip_l16", "v3:16x8", "none", 1) not in asked and ("clip_b16", "v5e:16x16", "full", 1) in asked
+    assert ("flip_l16", "v3:16x8", "dots", 1) not in asked and ("clip_b16", "v5e:16x16", "full", 1) in asked
     rows = [line for line in path.read_text().splitlines() if line.startswith(("| flip_", "| clip_"))]
     assert len(rows) == len(aot.ROWS) == 36
 
