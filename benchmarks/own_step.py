@@ -34,6 +34,11 @@ MODELS = {
 PROBES = 64, 128  # batches whose memory tells that of others
 
 
+def device() -> str:
+    """What the results of a benchmark name as their device."""
+    return f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+
+
 def largest(peaks: tuple[int, int], limit: float) -> int:
     """PROBES[0], doubled while it needs at most `limit` bytes, if PROBES need `peaks` and each row needs the same."""
     by_row = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
@@ -91,7 +96,7 @@ def main(name: str, batch: str, attention: str) -> None:
             programs["product"] = lambda times: jax.block_until_ready([multiply(square, square) for _ in range(times)])
         about = {
             "version": f"jax {jax.__version__}",
-            "device": f"{os.cpu_count()} CPU cores" if on_cpu else jax.devices()[0].device_kind,
+            "device": device(),
             "dtype": model.dtype,
             "attention": model.attention,
             "batch": size,

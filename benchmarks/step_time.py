@@ -23,9 +23,6 @@ from tqdm import tqdm
 from benchmarks import pages, turns
 
 KEYS = ("device", "model", "batch", "framework", "attention", "mask")  # what a row is known by
-# Freed memory stays with the process: XLA asks for the buffers of a step anew for each, and the page faults of new ones
-# would take a tenth of it. torch keeps its own, and gains nothing.
-HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 OFFICIAL = ("2 CPU cores", "vit_s16", 32)  # device, model and batch of what OFFICIAL_NOTE compares with
 HEADER = """# Performance
 
@@ -179,7 +176,7 @@ def out_of_time(*_) -> None:
 
 def main(_) -> None:
     plt.switch_backend("agg")
-    for key, value in (HEAP | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}).items():
+    for key, value in (turns.HEAP | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}).items():
         os.environ.setdefault(key, value)
     results = pathlib.Path(_RESULTS.value)
     signal.signal(signal.SIGALRM, out_of_time)

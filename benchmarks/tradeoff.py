@@ -10,7 +10,6 @@ the three settings in turn, round after round, with the input pipeline. The medi
 without any, the training ends with one. Compiling, evaluating and saving are left out.
 """
 
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from benchmarks import emoji_runs, pages
+from benchmarks import emoji_runs, own_step, pages
 from flip_jax import inference, sharding, train_step
 from flip_jax.config import Config
 from flip_jax.data import emoji, pipeline
@@ -211,8 +210,7 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
 def measure(size: str, workdir: pathlib.Path) -> None:
     """Adds a line with the seconds of a step."""
     runs = {run: settings(size, run, SIZES[size][1], 0, workdir) for run in emoji_runs.MASKS}
-    kind = f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
-    line = {"result": "step seconds", "size": size, "device": kind} | step_seconds(runs)
+    line = {"result": "step seconds", "size": size, "device": own_step.device()} | step_seconds(runs)
     pages.append(pathlib.Path(_RESULTS.value), [line])
 
 

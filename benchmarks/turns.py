@@ -14,6 +14,9 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRODUCT = 2048  # rows and columns of the matrix product whose rate stands for a CPU's peak, in every process
+# Freed memory stays with the process: XLA asks for the buffers of a step anew for each, and the page faults of new ones
+# would take a tenth of it. torch keeps its own, and gains nothing.
+HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 LEAST = 1.0  # seconds of a turn: what takes less is repeated
 
 
@@ -26,8 +29,12 @@ class Worker:
 
     def seconds(self, name: str) -> float:
         """What one call of `name` takes now."""
+        return self.turn(name)[0]
+
+    def turn(self, name: str) -> tuple[float, float]:
+        """The seconds of one call of `name`, and how many cores its process kept busy."""
         print(name, file=self._process.stdin, flush=True)
-        return self._receive()
+        return tuple(self._receive())
 
     def close(self) -> None:
         self._process.terminate()
@@ -41,7 +48,8 @@ class Worker:
 
 
 def serve(about: dict[str, Any], programs: dict[str, Callable[[int], None]]) -> None:
-    """Says `about` and the names of `programs` on standard output, then the seconds of each one that a line asks for.
+    """Says `about` and the names of `programs` on standard output; then, for each line with a name, what a turn takes:
+    the seconds of one call, and the cores that were busy.
 
     A program runs as often as its argument says, and returns when all is done. One that raises RuntimeError at first,
     for want of memory mostly, is left out.
@@ -61,6 +69,7 @@ def serve(about: dict[str, Any], programs: dict[str, Callable[[int], None]]) -> 
     print(json.dumps(about | {"programs": list(repeats)}), file=answers, flush=True)
     for line in sys.stdin:
         name = line.strip()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         programs[name](repeats[name])
-        print((time.perf_counter() - start) / repeats[name], file=answers, flush=True)
+        seconds = time.perf_counter() - start
+        print(json.dumps([seconds / repeats[name], (time.process_time() - busy) / seconds]), file=answers, flush=True)

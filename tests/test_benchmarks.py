@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from benchmarks import own_step, pages, step_time, tradeoff, turns
+from benchmarks import cpu_products, own_step, pages, step_time, tradeoff, turns
 
 BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
 
@@ -168,6 +168,7 @@ turns.serve({"device": "here"}, {"good": lambda times: print("noise", times), "b
     worker = turns.Worker([sys.executable, "-c", code])
     assert worker.about == {"device": "here", "programs": ["good"]}
     assert 0 <= worker.seconds("good") < 60
+    assert 0 <= worker.turn("good")[1] < 64
     worker.close()
     with pytest.raises(RuntimeError, match="ended with 3"):
         turns.Worker([sys.executable, "-c", "raise SystemExit(3)"])
@@ -179,3 +180,15 @@ def test_results_are_read_as_they_were_added(tmp_path):
     assert pages.read(tmp_path / "results.jsonl") == [{"a": 1}, {"b": 2.5}]
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1]) == {"b": 2.5}
     assert pages.read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("mlp1, gradient of input", 2 * 6304 * 384 * 1536),
+        ("weighted values", 2 * 32 * 6 * 197 * 197 * 64),
+        (cpu_products.ATTENTION, 6 * 2 * 32 * 6 * 197 * 197 * 64),
+    ],
+)
+def test_products_of_a_block_count_two_operations_for_each_product_of_numbers(name, flops):
+    assert cpu_products.flops(name) == flops

@@ -13,7 +13,7 @@ from conftest import REPO
 from PIL import Image
 from runs import arguments, environment
 
-from benchmarks import step_time
+from benchmarks import turns
 from flip_jax import config as config_lib
 from flip_jax.data import formats
 
@@ -97,7 +97,7 @@ def check(words):
         assert file.is_file(), f"no such module: {rest[1]}"
         check_flags(file, rest[2:])
     elif program == "export" and rest[0].startswith("MALLOC_"):
-        assert dict(word.split("=") for word in rest) == step_time.HEAP
+        assert dict(word.split("=") for word in rest) == turns.HEAP
     elif program == "export" or re.match(r"\w+=", program) or program.startswith("launch/"):
         check_launch(words)
     else:
