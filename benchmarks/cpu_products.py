@@ -6,12 +6,11 @@ f32, batch 32. Each is a line: milliseconds, GFLOP/s and how many cores were bus
 that of an environment with torch. Attention is forward and backward, by each library's own function.
 """
 
+import functools
 import json
 import math
-import os
+import statistics
 import sys
-
-import numpy as np
 
 from benchmarks import turns
 
@@ -34,59 +33,48 @@ ATTENTION = "attention, forward and backward"
 
 
 def flops(name: str) -> float:
-    """Of the products: two for each index of an einsum, and attention has six, as large as the scores."""
-    subscripts, *shapes = EINSUMS["scores" if name == ATTENTION else name]
-    sizes = {
-        index: size
-        for indices, shape in zip(subscripts.split("->")[0].split(","), shapes, strict=True)
-        for index, size in zip(indices, shape, strict=True)
-    }
+    """Two for each combination of an einsum's indices; attention has six products, each as large as the scores."""
+    subscripts, left, right = EINSUMS["scores" if name == ATTENTION else name]
+    sizes = dict(zip(subscripts.split("->")[0].replace(",", ""), left + right, strict=True))
     return (6 if name == ATTENTION else 1) * 2 * math.prod(sizes.values())
+
+
+def serve(ones, einsum, attend) -> None:
+    """By one library: its ones of a shape, its einsum, its attention of three [B, T, N, D] with the backward pass."""
+
+    def program(function, *shapes):
+        operands = [ones(shape) for shape in shapes]
+        return lambda times: [function(*operands) for _ in range(times)]
+
+    programs = {
+        name: program(functools.partial(einsum, subscripts), *shapes) for name, (subscripts, *shapes) in EINSUMS.items()
+    }
+    programs[ATTENTION] = program(attend, *3 * [(BATCH, TOKENS, HEADS, HEAD_DIM)])
+    turns.serve({}, programs)
 
 
 def by_xla() -> None:
     import jax
     import jax.numpy as jnp
 
-    def program(function, *shapes):
-        compiled, operands = jax.jit(function), [jnp.ones(shape) for shape in shapes]
-        return lambda times: [jax.block_until_ready(compiled(*operands)) for _ in range(times)]
-
-    programs = {
-        name: program(lambda a, b, subscripts=subscripts: jnp.einsum(subscripts, a, b), *shapes)
-        for name, (subscripts, *shapes) in EINSUMS.items()
-    }
-    by_token = (BATCH, TOKENS, HEADS, HEAD_DIM)
-    loss = jax.grad(lambda *qkv: jax.nn.dot_product_attention(*qkv).sum(), argnums=(0, 1, 2))
-    programs[ATTENTION] = program(loss, by_token, by_token, by_token)
-    turns.serve({}, programs)
+    einsum = jax.jit(jnp.einsum, static_argnums=0)
+    attend = jax.jit(jax.grad(lambda *qkv: jax.nn.dot_product_attention(*qkv).sum(), argnums=(0, 1, 2)))
+    ready = jax.block_until_ready
+    serve(jnp.ones, lambda *arguments: ready(einsum(*arguments)), lambda *qkv: ready(attend(*qkv)))
 
 
 def by_torch() -> None:
     import torch
 
-    def program(function, *shapes):
-        operands = [torch.ones(shape) for shape in shapes]
-        return lambda times: [function(*operands) for _ in range(times)]
-
-    programs = {
-        name: program(lambda a, b, subscripts=subscripts: torch.einsum(subscripts, a, b), *shapes)
-        for name, (subscripts, *shapes) in EINSUMS.items()
-    }
-
-    def attend(*qkv_BxTxNxD):
-        leaves = [x.detach().requires_grad_() for x in qkv_BxTxNxD]
+    def attend(*qkv):
+        leaves = [x.detach().requires_grad_() for x in qkv]
         attended = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves))
         attended.transpose(1, 2).sum().backward()
 
-    by_token = (BATCH, TOKENS, HEADS, HEAD_DIM)
-    programs[ATTENTION] = program(attend, by_token, by_token, by_token)
-    turns.serve({}, programs)
+    serve(torch.ones, torch.einsum, attend)
 
 
 def main(peer_python: str = "", rounds: str = "9") -> None:
-    for key, value in turns.HEAP.items():
-        os.environ.setdefault(key, value)
     sides = {"xla": sys.executable} | ({"torch": peer_python} if peer_python else {})
     workers = {side: turns.Worker([python, "-m", "benchmarks.cpu_products", side]) for side, python in sides.items()}
     try:
@@ -98,10 +86,14 @@ def main(peer_python: str = "", rounds: str = "9") -> None:
         for worker in workers.values():
             worker.close()
     for (name, side), measured in found.items():
-        seconds, cores = np.median(measured, axis=0)
+        seconds, cores = map(statistics.median, zip(*measured, strict=True))
         row = {"product": name, "by": side, "ms": 1e3 * seconds, "gflops": flops(name) / seconds / 1e9, "cores": cores}
         print(json.dumps({key: round(x, 2) if isinstance(x, float) else x for key, x in row.items()}))
 
 
 if __name__ == "__main__":
-    {"xla": by_xla, "torch": by_torch}.get("".join(sys.argv[1:2]), lambda: main(*sys.argv[1:]))()
+    sides = {"xla": by_xla, "torch": by_torch}
+    if sys.argv[1:2] and sys.argv[1] in sides:
+        sides[sys.argv[1]]()
+    else:
+        main(*sys.argv[1:])

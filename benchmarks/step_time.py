@@ -176,8 +176,7 @@ def out_of_time(*_) -> None:
 
 def main(_) -> None:
     plt.switch_backend("agg")
-    for key, value in (turns.HEAP | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}).items():
-        os.environ.setdefault(key, value)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     results = pathlib.Path(_RESULTS.value)
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(_SECONDS.value)

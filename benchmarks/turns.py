@@ -21,10 +21,12 @@ LEAST = 1.0  # seconds of a turn: what takes less is repeated
 
 
 class Worker:
-    """A process that calls `serve`, as the one that measures sees it."""
+    """A process that calls `serve`, as the one that measures sees it; with `HEAP`, unless the environment differs."""
 
     def __init__(self, command: Sequence[str]):
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=HEAP | os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.about = self._receive()  # what it said of itself once everything was compiled
 
     def seconds(self, name: str) -> float:

@@ -192,3 +192,9 @@ def test_results_are_read_as_they_were_added(tmp_path):
 )
 def test_products_of_a_block_count_two_operations_for_each_product_of_numbers(name, flops):
     assert cpu_products.flops(name) == flops
+
+
+def test_products_are_those_of_the_model_that_step_time_trains_on_cpus():
+    image = own_step.MODELS["vit_s16"].image
+    tokens = 1 + (image.image_size // image.patch_size) ** 2
+    assert cpu_products.PER_HEAD == (32, image.heads, tokens, image.width // image.heads)
