@@ -17,8 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import flip_jax
-from flip_jax import compile_cache, train
-from flip_jax import config as config_lib
+from flip_jax import config_check, runtime, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py[:key=value,...]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and reports", required=True)
@@ -37,13 +36,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("flip_jax").setLevel(logging.INFO)
-    compile_cache.enable()
+    runtime.enable_compile_cache()
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, heartbeat_timeout_seconds=LOST_AFTER
         )
     try:
-        train.train(config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value, STARTED)
+        train.train(config_check.from_config_dict(_CONFIG.value), _WORKDIR.value, STARTED)
     except Exception as error:
         # What this package refuses, or a file is to blame for, says all there is to say; other errors keep their trace.
         last = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -76,7 +75,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         return rest
     except (KeyError, AttributeError, OSError) as error:
         keys = re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE)
-        reason = next(filter(None, map(config_lib.unknown, keys)), " ".join(str(error.args[0]).split()))
+        reason = next(filter(None, map(config_check.unknown, keys)), " ".join(str(error.args[0]).split()))
         sys.exit(f"error: --config: {reason} (flip_jax/config.py has all settings)")
 
 

@@ -20,8 +20,8 @@ import sys
 import tarfile
 import tempfile
 
-from flip_jax.config import Data
-from flip_jax.data import readers
+from flip_jax.config import DataConfig
+from flip_jax.data import sources
 from flip_jax.evaluators import retrieval
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,8 +50,8 @@ def write(folder: pathlib.Path, samples, **files: str) -> None:
 
 def write_both(out: pathlib.Path, source: str, names: list[str]) -> None:
     """The folders `classes` and `captions` of `out`."""
-    opened = readers.open_source(source, Data())
-    records = [record for record in readers.in_order(opened, iter(range(len(opened)))) if "image" in record]
+    opened = sources.open_source(source, DataConfig())
+    records = [record for record in sources.in_order(opened, iter(range(len(opened)))) if "image" in record]
     first = {record["label"]: record for record in reversed(records)}
     write(
         out / "classes",

@@ -4,8 +4,7 @@ import dataclasses
 import importlib
 import pathlib
 
-from flip_jax import checkpoint, evaluators, inference, train
-from flip_jax import config as config_lib
+from flip_jax import checkpoint, config_check, evaluators, inference, train
 from flip_jax.config import Config
 
 TASK = "zeroshot/emoji"
@@ -23,7 +22,7 @@ def settings(samples: int, changes: str, seed: int, workdir: pathlib.Path) -> Co
     recipe = f"total_samples={samples},warmup_samples={samples // 10},eval.every_steps=0,checkpoint.every_steps=0,"
     values = importlib.import_module("configs.flip_emoji").get_config(recipe + changes)
     values.seed, values.data.tfds_dir = seed, str(workdir / "data")
-    return config_lib.from_config_dict(values)
+    return config_check.from_config_dict(values)
 
 
 def fit(config: Config, path: pathlib.Path) -> None:

@@ -22,8 +22,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from flip_jax.config import Data
-from flip_jax.data import readers, transforms
+from flip_jax.config import DataConfig
+from flip_jax.data import sources, transforms
 
 try:
     import cv2
@@ -33,7 +33,7 @@ except ImportError:
     cv2 = None
 
 SIZE, PICTURES, ROUNDS = 224, 400, 3
-SETTINGS = Data(flip=False)
+SETTINGS = DataConfig(flip=False)
 
 
 def main(source: str = "") -> None:
@@ -61,8 +61,8 @@ def main(source: str = "") -> None:
 
 def load(source: str) -> list[bytes]:
     """The first pictures of a source."""
-    opened = readers.open_source(source, Data())
-    records = readers.in_order(opened, iter(range(len(opened))))
+    opened = sources.open_source(source, DataConfig())
+    records = sources.in_order(opened, iter(range(len(opened))))
     return [record["image"] for record in itertools.islice(records, PICTURES) if "image" in record]
 
 

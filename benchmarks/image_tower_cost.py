@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flip_jax import config as config_lib
+from flip_jax import config_check
 from flip_jax.models.flip import FLIP
 
 BATCH = 8
 
 
-def tower_flops(settings: config_lib.Model) -> float:
+def tower_flops(settings: config_lib.ModelConfig) -> float:
     """FLOPs of `encode_image` on a batch, masked as in training."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))
     size = settings.image.image_size
@@ -36,7 +37,7 @@ def tower_flops(settings: config_lib.Model) -> float:
 
 
 def main(recipe: str = "flip_l16") -> None:
-    model = config_lib.from_config_dict(importlib.import_module(f"configs.{recipe}").get_config()).model
+    model = config_check.from_config_dict(importlib.import_module(f"configs.{recipe}").get_config()).model
     # The analysis counts the body of a loop once, whatever its trip count.
     model = dataclasses.replace(model, unroll=True)
     whole = None

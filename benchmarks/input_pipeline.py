@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import peer_loaders
-from flip_jax.config import Config, Data, ImageTower, Model, TextTower
-from flip_jax.data import pipeline, readers
+from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
+from flip_jax.data import pipeline, sources
 from flip_jax.data.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,8 +36,10 @@ def flip_jax(pattern, window=peer_loaders.WINDOW, threads=1):
     """The whole training loader: batches as (images, tokens), without end."""
     config = Config(
         global_batch_size=peer_loaders.BATCH,
-        model=Model(image=ImageTower(image_size=peer_loaders.SIZE), text=TextTower(context_length=peer_loaders.TOKENS)),
-        data=Data(train=f"webdataset:{pattern}", shuffle_window=window, threads=threads),
+        model=ModelConfig(
+            image=ImageConfig(image_size=peer_loaders.SIZE), text=TextConfig(context_length=peer_loaders.TOKENS)
+        ),
+        data=DataConfig(train=f"webdataset:{pattern}", shuffle_window=window, threads=threads),
     )
     tokenizer = Tokenizer.train(pipeline.caption_sample(config, 2000), 5000)
     for batch in pipeline.train_dataset(config, tokenizer, process_index=0, process_count=1):
@@ -104,7 +106,7 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(0)
     own = [sys.executable, "-m", "benchmarks.input_pipeline"]
-    paths = readers.open_source(f"webdataset:{flags.shards}", Data(), "SHARDS").paths
+    paths = sources.open_source(f"webdataset:{flags.shards}", DataConfig(), "SHARDS").paths
     loaders = {"flip_jax": [*own, flags.shards, "--worker=speed", f"--seconds={flags.seconds}"]}
     for name, python in (("open_clip", flags.open_clip_python), ("tensorflow", flags.tensorflow_python)):
         if python:

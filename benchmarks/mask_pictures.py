@@ -15,8 +15,8 @@ from matplotlib import cbook
 from PIL import Image, ImageOps
 
 from flip_jax import masking
+from flip_jax.evaluators.snapshot import kept_patches
 from flip_jax.models.vit import patchify
-from flip_jax.snapshot import kept_patches
 
 SIZE, PATCH, KEEP = 224, 16, 49
 CAPTIONS = (

@@ -21,21 +21,21 @@ import numpy as np
 from flax import nnx
 
 from flip_jax import masking, sharding, train_step
-from flip_jax.config import Config, ImageTower, Mesh, Model, TextTower
+from flip_jax.config import Config, ImageConfig, MeshConfig, ModelConfig, TextConfig
 from flip_jax.models import vit
 from flip_jax.models.flip import FLIP
 
 REPEATS = 5  # of choosing alone, which is quick
-MODEL = Model(
-    image=ImageTower(image_size=224, patch_size=16, width=384, depth=4, heads=6, mask_ratio=0.75),
-    text=TextTower(vocab_size=30_523, context_length=32, width=256, depth=2, heads=4),
+MODEL = ModelConfig(
+    image=ImageConfig(image_size=224, patch_size=16, width=384, depth=4, heads=6, mask_ratio=0.75),
+    text=TextConfig(vocab_size=30_523, context_length=32, width=256, depth=2, heads=4),
     embed_dim=256,
     dtype="float32",
     unroll=True,
 )
 
 
-def models() -> dict[tuple[str, str], Model]:
+def models() -> dict[tuple[str, str], ModelConfig]:
     """The model with each strategy, by the tower that is masked and the strategy's name; random comes first."""
     found = {}
     for tower, strategies in (("image", (*masking.STRATEGIES, "resize")), ("text", masking.TEXT_STRATEGIES)):
@@ -46,7 +46,7 @@ def models() -> dict[tuple[str, str], Model]:
     return found
 
 
-def chooser(model: Model, image: np.ndarray, text: np.ndarray) -> Callable[[], float]:
+def chooser(model: ModelConfig, image: np.ndarray, text: np.ndarray) -> Callable[[], float]:
     """A function that says how many seconds masks, and smaller pictures where they are resized, take to make."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: FLIP(model, nnx.Rngs(0))))
 
@@ -70,7 +70,7 @@ def main(rounds: str = "20", batch: str = "16") -> None:
     image = rng.integers(0, 256, (int(batch), 224, 224, 3), np.uint8)
     text = (30_000 * rng.random((int(batch), 32)) ** 4).astype(np.int32) + 1  # few words are frequent
     text[np.arange(32)[None] >= rng.integers(4, 33, (int(batch), 1))] = 0
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         image, text = sharding.to_devices(mesh, image, text)
         steps, choosers = {}, {}

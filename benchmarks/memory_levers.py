@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import aot, config, losses, sharding
+from flip_jax import config, losses, sharding
+from flip_jax.tools import aot
 
 TOPOLOGY = "v3:16x8"
 LEVERS = (

@@ -14,20 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import turns
-from flip_jax import compile_cache, metrics, sharding, train_step
 from flip_jax import config as config_lib
-from flip_jax.config import Config, ImageTower, Model, TextTower
+from flip_jax import metrics, runtime, sharding, train_step
+from flip_jax.config import Config, ImageConfig, ModelConfig, TextConfig
 
 RATIOS = (0.0, 0.5, 0.75)
 # The sizes of configs/flip_b16.py and flip_l16.py, and one that CPUs can train.
 MODELS = {
-    "vit_s16": Model(
-        image=ImageTower(width=384, depth=12, heads=6), text=TextTower(width=256, depth=4, heads=4), embed_dim=384
+    "vit_s16": ModelConfig(
+        image=ImageConfig(width=384, depth=12, heads=6), text=TextConfig(width=256, depth=4, heads=4), embed_dim=384
     ),
-    "flip_b16": Model(),
-    "flip_l16": Model(
-        image=ImageTower(width=1024, depth=24, heads=16),
-        text=TextTower(width=768, depth=12, heads=12),
+    "flip_b16": ModelConfig(),
+    "flip_l16": ModelConfig(
+        image=ImageConfig(width=1024, depth=24, heads=16),
+        text=TextConfig(width=768, depth=12, heads=12),
         embed_dim=768,
     ),
 }
@@ -48,13 +48,13 @@ def largest(peaks: tuple[int, int], limit: float) -> int:
     return batch
 
 
-def largest_batch(model: Model, mesh: jax.sharding.Mesh) -> int:
+def largest_batch(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
     """The largest batch that fits without masking, a tenth of the memory left free."""
     limit = (1 - train_step.SPARE) * jax.local_devices()[0].memory_stats()["bytes_limit"]
     return largest(tuple(train_step.peak_bytes(compiled(model, batch, 0.0, mesh)[1]) for batch in PROBES), limit)
 
 
-def compiled(model: Model, batch: int, ratio: float, mesh: jax.sharding.Mesh):
+def compiled(model: ModelConfig, batch: int, ratio: float, mesh: jax.sharding.Mesh):
     """The program of a run with the mask ratio, and its compiled step."""
     image = dataclasses.replace(model.image, mask_ratio=ratio)
     config = Config(global_batch_size=batch, model=dataclasses.replace(model, image=image))
@@ -63,8 +63,8 @@ def compiled(model: Model, batch: int, ratio: float, mesh: jax.sharding.Mesh):
 
 
 def main(name: str, batch: str, attention: str) -> None:
-    compile_cache.enable()
-    on_cpu, mesh = jax.default_backend() == "cpu", sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    runtime.enable_compile_cache()
+    on_cpu, mesh = jax.default_backend() == "cpu", sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     model = dataclasses.replace(
         MODELS[name],
         dtype="float32" if on_cpu else "bfloat16",

@@ -16,7 +16,8 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flip_jax import config as config_lib
-from flip_jax.config import Config, Model
+from flip_jax import config_check
+from flip_jax.config import Config, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
 
@@ -51,7 +52,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state._asdict()),
                 data=grain.checkpoint.CheckpointSave(batches),
                 tokenizer=ocp.args.JsonSave(tokenizer.to_json() if tokenizer else {}),
-                config=ocp.args.JsonSave(config_lib.flatten(config)),
+                config=ocp.args.JsonSave(config_check.flatten(config)),
             ),
         )
 
@@ -74,11 +75,11 @@ class Checkpoints:
         Raises:
           ValueError: the settings that differ, both values.
         """
-        written = config_lib.flatten(config_lib.Config()) | self.read("config")
+        written = config_check.flatten(config_lib.Config()) | self.read("config")
         differences = [
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
-            for key, saved, ours in _differences(written, config_lib.flatten(config))
-            if not key.startswith(config_lib.RESUMABLE_CHANGES)
+            for key, saved, ours in _differences(written, config_check.flatten(config))
+            if not key.startswith(config_check.RESUMABLE_CHANGES)
         ]
         if differences:
             raise ValueError(
@@ -128,7 +129,7 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
     if folder.exists():
         raise ValueError(f"{folder} is there already; use another folder")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        for item, content in (("tokenizer", tokenizer.to_json()), ("config", config_lib.flatten(config))):
+        for item, content in (("tokenizer", tokenizer.to_json()), ("config", config_check.flatten(config))):
             checkpointer.save(folder / item, args=ocp.args.JsonSave(content))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "state", {"params": params})  # last: it makes the folder a checkpoint
@@ -147,7 +148,7 @@ def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[
             yield name, saved.get(name), ours.get(name)
 
 
-def read_params(step: epath.Path, params: Any, start_of: Model | None = None) -> Any:
+def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = None) -> Any:
     """The weights alone of a step's folder, laid out as the abstract tree `params` says.
 
     Where they are the start of another model, `start_of`, what belongs to the picture's or patches' size is resized to

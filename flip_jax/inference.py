@@ -11,12 +11,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from flip_jax import checkpoint, masking, sharding
+from flip_jax import checkpoint, config_check, masking, models, sharding
 from flip_jax import config as config_lib
 from flip_jax.config import Config
 from flip_jax.data import transforms
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.models import classifier
 from flip_jax.models.flip import FLIP, normalise
 from flip_jax.models.vit import patchify
 
@@ -92,9 +91,9 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
       ValueError: there is no complete checkpoint.
     """
     step = checkpoint.newest(path)
-    config = config_lib.from_flat(checkpoint.read_json(step, "config"))
-    mesh = sharding.make_mesh(config_lib.Mesh(), devices or jax.local_devices())
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: classifier.build(config, nnx.Rngs(0))))
+    config = config_check.from_flat(checkpoint.read_json(step, "config"))
+    mesh = sharding.make_mesh(config_lib.MeshConfig(), devices or jax.local_devices())
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))
     params = checkpoint.read_params(step, sharding.place(abstract, mesh))
     tokenizer = None if config.finetune.classes else Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
     with jax.set_mesh(mesh):

@@ -7,24 +7,17 @@ split over devices.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:  # config imports this module
-    from flip_jax.config import ImageTower, TextTower
+from flip_jax.config import ImageConfig, TextConfig
 
 PAD = 0
 SIGMA = 0.8  # of `centred`, in half sides of the picture: the widest that GLIP's authors show
 BLOCK_ASPECT = 0.3  # sides of `block` are within this ratio and its inverse (BEiT)
 ANCHORS = 0.05  # share of the patches that `cluster` draws as anchors (2405.08815: less than 5 %)
-
-
-def keep_count(count: int, mask_ratio: float) -> int:
-    """How many of `count` patches or tokens stay: rounded down, as the official code does."""
-    return int(count * (1 - mask_ratio))
 
 
 def smallest(noise: jax.Array, keep: int) -> jax.Array:
@@ -173,7 +166,7 @@ TEXT_STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def check(image: "ImageTower", text: "TextTower") -> None:
+def check(image: ImageConfig, text: TextConfig) -> None:
     """Raises ValueError for a ratio that the strategy cannot keep exactly, or a strategy that makes no sense."""
     sizes = {"image": (image, image.visible_patches, "patch"), "text": (text, text.visible_tokens, "token")}
     for name, (tower, left, unit) in sizes.items():

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from flip_jax import writers
-from flip_jax.config import Config, Model
+from flip_jax.config import Config, ModelConfig
 
 # Peak bf16 FLOP/s of one device as jax counts them (a TPU v2 or v3 device is one core). Makers' data sheets.
 PEAK_FLOPS = {
@@ -25,7 +25,7 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_sample(model: Model, classes: int = 0) -> float:
+def flops_per_sample(model: ModelConfig, classes: int = 0) -> float:
     """Floating-point operations of one training sample, forward and backward, counting visible patches only.
 
     Matrix products only, no recompute: what model FLOP utilisation (MFU) is defined by. With `classes`, those of the

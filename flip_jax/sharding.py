@@ -28,7 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(settings: config_lib.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(settings: config_lib.MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Lays the devices (default: all of the run's) out as data x fsdp x tensor; TPU slices split `data` alone.
 
     Raises:

@@ -16,10 +16,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from flip_jax import checkpoint, evaluators, metrics, sharding, snapshot, train_step, writers
+from flip_jax import checkpoint, evaluators, metrics, sharding, train_step, writers
 from flip_jax.config import Config
 from flip_jax.data import pipeline
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.evaluators import snapshot
 from flip_jax.inference import Encoder
 
 _log = logging.getLogger(__name__)

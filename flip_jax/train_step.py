@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flip_jax import finetune, optim, sharding
-from flip_jax.config import REMAT, Config
+from flip_jax import models, optim, sharding
+from flip_jax.config import Config
+from flip_jax.config_check import REMAT
 from flip_jax.models import classifier
 from flip_jax.models.flip import FLIP
 
@@ -88,11 +89,11 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     init_key, mask_key = jax.random.split(jax.random.key(config.seed))
 
     def build():
-        return classifier.build(config, nnx.Rngs(init_key))
+        return models.build(config, nnx.Rngs(init_key))
 
     graphdef, abstract_params = nnx.split(nnx.eval_shape(build))
     if config.finetune.classes:
-        inputs, loss_and_grads = ("image", "label"), finetune.make_loss_and_grads(graphdef, config.finetune)
+        inputs, loss_and_grads = ("image", "label"), classifier.make_loss_and_grads(graphdef, config.finetune)
     else:
         inputs, loss_and_grads = ("image", "text"), make_loss_and_grads(graphdef, config.microbatches)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flip_jax import config as config_lib
+from flip_jax import config_check
 from flip_jax.config import Config
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class WeightsAndBiases:
             id=identity.read_text(),
             name=workdir.name,
             dir=None if "://" in os.fspath(workdir) else os.fspath(workdir),
-            config=config_lib.flatten(config),
+            config=config_check.flatten(config),
             mode=os.environ.get("WANDB_MODE", "offline"),
             resume="allow",
         )

@@ -5,7 +5,6 @@
 import importlib
 import io
 import os
-import pathlib
 import tarfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,14 +16,14 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST} {DE
 import jax
 import numpy as np
 import pytest
+from helpers import SHARED, run_steps
 from PIL import Image
 
-from flip_jax import config as config_lib
+from flip_jax import config_check
+from flip_jax.config import MeshConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-REPO = pathlib.Path(__file__).parent.parent
-SHARED = REPO.parent / "shared"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
 SHAPES = ("square", "frame")
 
@@ -43,7 +42,7 @@ def load_recipe():
     """A function: a recipe's name, and an argument string as on the command line, to its checked `Config`."""
 
     def load(name, arg=""):
-        return config_lib.from_config_dict(importlib.import_module(f"configs.{name}").get_config(arg))
+        return config_check.from_config_dict(importlib.import_module(f"configs.{name}").get_config(arg))
 
     return load
 
@@ -80,8 +79,4 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="session")
 def alone():
     """Losses and final state of three steps on one device, which every other layout must give, too."""
-    import layouts
-
-    from flip_jax.config import Mesh
-
-    return layouts.run(1, Mesh())
+    return run_steps(1, MeshConfig())

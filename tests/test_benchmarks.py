@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 from benchmarks import cpu_products, own_step, pages, step_time, tradeoff, turns
 

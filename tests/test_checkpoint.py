@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 
-from flip_jax import checkpoint
+from flip_jax import checkpoint, config_check
 from flip_jax import config as config_lib
 
 
 def test_a_setting_that_is_newer_than_the_checkpoint_was_its_default(tmp_path, monkeypatch):
     config = config_lib.Config(total_samples=25_600)
-    written = config_lib.flatten(config)
+    written = config_check.flatten(config)
     del written["model.attention"]
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
     monkeypatch.setattr(checkpoints, "read", {"config": written}.get)

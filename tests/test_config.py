@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from flip_jax import config as config_lib
-from flip_jax import optim
+from flip_jax import config_check, optim
 from flip_jax.config import Config
 
 
@@ -17,7 +17,7 @@ def test_recipes_have_the_hyper_parameters_of_the_paper(load_recipe):
         assert config.total_samples == 12_800_000_000
         assert config.warmup_samples == (256_000_000 if "h14" in name else 51_200_000)
         assert optim.peak_learning_rate(config) == pytest.approx(1.024e-3)
-        assert config.optim == config_lib.Optim(4e-6, 0.9, 0.95, 0.2, "float32")
+        assert config.optim == config_lib.OptimConfig(4e-6, 0.9, 0.95, 0.2, "float32")
         assert config.model.image.mask_ratio == (0.5 if "flip" in name else 0)
         assert config.model.image.patch_size == int(name[-2:])
         assert (config.data.crop_area, config.data.crop_aspect) == ((0.5, 1.0), (3 / 4, 4 / 3))
@@ -41,7 +41,7 @@ def test_arguments_of_a_recipe(load_recipe):
 
 def test_flat_settings_come_back(load_recipe):
     config = load_recipe("flip_h14")
-    assert config_lib.from_flat(config_lib.flatten(config)) == config
+    assert config_check.from_flat(config_check.flatten(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_a_mistake_is_named(key, value, message):
         node = node[group]
     node[leaf] = value
     with pytest.raises(ValueError, match=message):
-        config_lib.from_config_dict(ConfigDict(config, type_safe=False) if "crop" not in key else config)
+        config_check.from_config_dict(ConfigDict(config, type_safe=False) if "crop" not in key else config)
 
 
 def test_integers_pass_as_floats():
-    assert config_lib.from_config_dict({"model": {"temperature": 10}}).model.temperature == 10.0
+    assert config_check.from_config_dict({"model": {"temperature": 10}}).model.temperature == 10.0

@@ -8,16 +8,15 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPO
+from helpers import REPO, arguments, environment, final_params, leaves, metrics, run_command
 from PIL import Image
-from runs import arguments, environment, final_params, leaves, metrics, run
 
 
 @pytest.fixture(scope="session")
 def undisturbed(shards, tmp_path_factory):
     """A run from start to end, with evaluation."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    done = run(
+    done = run_command(
         arguments(
             shards,
             workdir,
@@ -47,7 +46,9 @@ def test_a_run_learns_evaluates_and_ends(undisturbed):
 
 def test_the_report_draws_three_pictures_and_ends_with_the_accuracy(undisturbed):
     workdir, _ = undisturbed
-    done = run([sys.executable, "-m", "flip_jax.report", f"--workdir={workdir}", "--queries=red square,blue frame"])
+    done = run_command(
+        [sys.executable, "-m", "flip_jax.report", f"--workdir={workdir}", "--queries=red square,blue frame"]
+    )
     for name in ("loss.png", "zeroshot.png", "retrieval.png"):
         with Image.open(workdir / "report" / name) as picture:
             assert min(picture.size) > 100
@@ -58,14 +59,14 @@ def test_the_report_draws_three_pictures_and_ends_with_the_accuracy(undisturbed)
 
 def test_a_finished_run_says_so(undisturbed, shards):
     workdir, first = undisturbed
-    again = run(first.args)
+    again = run_command(first.args)
     assert "this run is finished" in again.stdout + again.stderr
 
 
 def test_another_config_is_refused_and_damages_nothing(undisturbed):
     workdir, first = undisturbed
     before = leaves(final_params(workdir))
-    done = run([*first.args, "--config.model.image.mask_ratio=0.25", "--config.seed=1"], check=False)
+    done = run_command([*first.args, "--config.model.image.mask_ratio=0.25", "--config.seed=1"], check=False)
     assert done.returncode == 1
     assert "config.model.image.mask_ratio: checkpoint 0.5, now 0.25" in done.stderr
     assert "config.seed: checkpoint 0, now 1" in done.stderr and "Traceback" not in done.stderr
@@ -88,7 +89,7 @@ def test_killed_at_any_step_and_started_again_the_run_ends_with_the_same_bits(un
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    run(command)
+    run_command(command)
     for one, other in zip(leaves(final_params(workdir)), leaves(final_params(tmp_path)), strict=True):
         np.testing.assert_array_equal(one, other, err_msg=f"killed {seconds} s after the first log line")
     assert [x["loss"] for x in metrics(workdir) if "loss" in x] == [x["loss"] for x in metrics(tmp_path) if "loss" in x]
@@ -111,7 +112,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, shards, tmp_pat
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 0
     assert "SIGTERM: saved step" in rest
-    assert "resumed at step" in run(command).stderr
+    assert "resumed at step" in run_command(command).stderr
     for one, other in zip(leaves(final_params(workdir)), leaves(final_params(tmp_path)), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -120,18 +121,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, shards, tmp_pat
 def test_init_from_takes_the_weights_only(undisturbed, shards, tmp_path):
     workdir, _ = undisturbed
     changes = {"init_from": workdir, "total_samples": 32, "warmup_samples": 0, "optim.base_learning_rate": 1e-12}
-    done = run(arguments(shards, tmp_path, **changes))
+    done = run_command(arguments(shards, tmp_path, **changes))
     assert "started from the weights in" in done.stderr
     for one, other in zip(leaves(final_params(workdir)), leaves(final_params(tmp_path, 1)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
-    wider = run(arguments(shards, tmp_path / "wider", **changes, **{"model.embed_dim": 8}), check=False)
+    wider = run_command(arguments(shards, tmp_path / "wider", **changes, **{"model.embed_dim": 8}), check=False)
     assert wider.returncode == 1
     assert "image_projection.kernel: checkpoint (32, 16), model (32, 8)" in wider.stderr
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_keys(shards, tmp_path):
-    done = run(arguments(shards, tmp_path, **{"optim.base_learning_rate": 1e30, "warmup_samples": 0}), check=False)
+    done = run_command(
+        arguments(shards, tmp_path, **{"optim.base_learning_rate": 1e30, "warmup_samples": 0}), check=False
+    )
     assert done.returncode == 1
     assert re.search(r"error: the loss of step \d+ is (nan|inf); .* Its samples: \['0000[01].tar/", done.stderr)
     assert list(tmp_path.glob("nonfinite_*.txt"))[0].read_text().count("\n") == 32
@@ -152,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_keys(shards, tmp_
     ],
 )
 def test_bad_settings_end_in_one_clear_error(shards, tmp_path, change, message):
-    done = run(arguments(shards, tmp_path, **change), check=False)
+    done = run_command(arguments(shards, tmp_path, **change), check=False)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
@@ -160,13 +163,13 @@ def test_bad_settings_end_in_one_clear_error(shards, tmp_path, change, message):
 
 def test_a_workdir_that_cannot_be_made_is_one_clear_error(shards, tmp_path):
     (tmp_path / "file").touch()
-    done = run(arguments(shards, tmp_path / "file" / "run"), check=False)
+    done = run_command(arguments(shards, tmp_path / "file" / "run"), check=False)
     assert done.returncode == 1 and "error: [Errno 20] Not a directory: " in done.stderr
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_refused(shards, tmp_path):
-    done = run(arguments(shards, tmp_path), check=False, devices=5)
+    done = run_command(arguments(shards, tmp_path), check=False, devices=5)
     assert "config.global_batch_size 32 does not divide by the 5 devices" in done.stderr
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
@@ -178,7 +181,7 @@ def test_damaged_records_are_counted_and_the_run_goes_on(shards, tmp_path):
     whole = (shards / "00001.tar").read_bytes()
     (data / "00001.tar").write_bytes(whole[: len(whole) // 2 + 100])
     changes = {"data.train": f"webdataset:{data}/*.tar", "data.max_bad_fraction": 0.5}
-    run(arguments(shards, tmp_path / "run", **changes))
+    run_command(arguments(shards, tmp_path / "run", **changes))
     last = [line for line in metrics(tmp_path / "run") if "data/read" in line][-1]
     bad = {key: value for key, value in last.items() if key.startswith("data/bad/")}
     assert last["data/bad/tar cut short"] > 0

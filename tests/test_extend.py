@@ -8,18 +8,18 @@ import re
 import sys
 import types
 
+import helpers
 import jax
 import numpy as np
 import pytest
-import tiny
-from conftest import REPO
 from flax import nnx
+from helpers import REPO
 from PIL import Image
 
-from flip_jax import config as config_lib
-from flip_jax import evaluators, masking, sharding
-from flip_jax.config import Data, Eval, Mesh
-from flip_jax.data import formats, readers
+from flip_jax import config_check, evaluators, masking, sharding
+from flip_jax.config import DataConfig, EvalConfig, MeshConfig
+from flip_jax.data import shards as shard_files
+from flip_jax.data import sources
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.inference import Encoder
 from flip_jax.models import vit
@@ -44,15 +44,15 @@ def test_the_page_has_one_example_of_each():
     assert list(EXAMPLES) == [
         "flip_jax/masking.py",
         "flip_jax/evaluators/alignment.py",
-        "flip_jax/data/formats.py",
+        "flip_jax/data/shards.py",
         "configs/flip_b32.py",
     ]
 
 
 def test_the_masking_strategy(monkeypatch):
     run_in(monkeypatch, masking, "flip_jax/masking.py")
-    settings = dataclasses.replace(tiny.MODEL.image, mask="corners", mask_ratio=0.75)
-    patches = vit.patchify(tiny.batch()[0], settings.patch_size)
+    settings = dataclasses.replace(helpers.MODEL.image, mask="corners", mask_ratio=0.75)
+    patches = vit.patchify(helpers.batch()[0], settings.patch_size)
     kept = np.sort(np.asarray(vit.visible(settings, jax.random.key(0), patches)), axis=1)
     np.testing.assert_array_equal(kept, np.tile([0, 3, 12, 15], (16, 1)))  # of 4 x 4
     settings = dataclasses.replace(settings, mask_ratio=0.5)
@@ -66,10 +66,10 @@ def test_the_evaluator(monkeypatch, shards):
     exec(compile(EXAMPLES["flip_jax/evaluators/alignment.py"], "alignment.py", "exec"), vars(module))
     monkeypatch.setitem(evaluators.EVALUATORS, "alignment", module)
     task = f"alignment/webdataset:{shards}/00000.tar"
-    config = dataclasses.replace(tiny.CONFIG, eval=Eval(tasks=(task,), batch_size=64))
+    config = dataclasses.replace(helpers.CONFIG, eval=EvalConfig(tasks=(task,), batch_size=64))
     tokenizer = Tokenizer.train(["a red green blue white square frame"], 64)
-    with jax.set_mesh(sharding.make_mesh(Mesh(), jax.devices()[:1])):
-        graphdef, params = nnx.split(FLIP(tiny.MODEL, nnx.Rngs(0)))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        graphdef, params = nnx.split(FLIP(helpers.MODEL, nnx.Rngs(0)))
         encoder = Encoder(graphdef, nnx.to_pure_dict(params), tokenizer, config)
         results = dict(evaluators.run(encoder, config))
         (batch,) = evaluators.datasets.batches(task.partition("/")[2], config, with_text=True)
@@ -82,8 +82,8 @@ def test_the_evaluator(monkeypatch, shards):
 
 
 def test_the_data_format(monkeypatch, tmp_path):
-    formats_ = run_in(monkeypatch, formats, "flip_jax/data/formats.py")
-    monkeypatch.setattr(readers, "KINDS", formats_["KINDS"])
+    formats_ = run_in(monkeypatch, shard_files, "flip_jax/data/shards.py")
+    monkeypatch.setattr(sources, "KINDS", formats_["KINDS"])
     png = io.BytesIO()
     Image.new("RGB", (4, 4), (250, 0, 0)).save(png, "PNG")
     picture = base64.b64encode(png.getvalue()).decode()
@@ -95,7 +95,7 @@ def test_the_data_format(monkeypatch, tmp_path):
         json.dumps({"image": picture, "caption": "once more"}),
     ]
     (tmp_path / "0.jsonl").write_text("".join(line + "\n" for line in lines))
-    source = readers.open_source(f"jsonl:{tmp_path}/*.jsonl", Data())
+    source = sources.open_source(f"jsonl:{tmp_path}/*.jsonl", DataConfig())
     records = list(source.read([(0, 0)]))
     found = [record.get("bad") or record["texts"] for record, _ in records]
     assert found == [["a red square"], "damaged line", [], "damaged line", ["once more"]]
@@ -108,5 +108,5 @@ def test_the_recipe(monkeypatch):
     module = types.ModuleType("configs.flip_b32")
     monkeypatch.setitem(sys.modules, "configs.flip_b32", module)
     exec(compile(EXAMPLES["configs/flip_b32.py"], "flip_b32.py", "exec"), vars(module))
-    config = config_lib.from_config_dict(module.get_config("seed=1"))
+    config = config_check.from_config_dict(module.get_config("seed=1"))
     assert (config.seed, config.total_steps, config.model.image.visible_patches) == (1, 78_125, 12)

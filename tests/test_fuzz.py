@@ -16,8 +16,9 @@ from PIL import Image
 from pyarrow import parquet
 from tensorflow_datasets.proto import tf_example_pb2
 
-from flip_jax.config import Config, Data, ImageTower, Model, TextTower
-from flip_jax.data import formats, pipeline, readers
+from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
+from flip_jax.data import pipeline, sources
+from flip_jax.data import shards as shard_files
 from flip_jax.data.tokenizer import Tokenizer
 
 SIZE, LENGTH, SAMPLES = 8, 6, 4
@@ -26,11 +27,11 @@ TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(9)], 100)
 CONFIG = Config(
     seed=5,
     global_batch_size=8,
-    model=Model(
-        image=ImageTower(image_size=SIZE, patch_size=SIZE), text=TextTower(vocab_size=100, context_length=LENGTH)
+    model=ModelConfig(
+        image=ImageConfig(image_size=SIZE, patch_size=SIZE), text=TextConfig(vocab_size=100, context_length=LENGTH)
     ),
     # A header can be made to claim any size.
-    data=Data(max_image_pixels=10**6, max_bad_fraction=1.0, shuffle_window=1, interleave=1, threads=2),
+    data=DataConfig(max_image_pixels=10**6, max_bad_fraction=1.0, shuffle_window=1, interleave=1, threads=2),
 )
 
 
@@ -153,11 +154,11 @@ def prepared(request, tmp_path_factory):
     """A pattern of the shards; of each case its records, what the decoding threads make of them, and what is known."""
     folder, found = tmp_path_factory.mktemp(request.param), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "RETRY_AFTER", ())
+        patch.setattr(shard_files, "RETRY_AFTER", ())
         for number, (data, count, untouched) in enumerate(damaged_shards(request.param)):
             (folder / f"{number:05}.x").write_bytes(data)
-            source = readers.open_source(f"{request.param}:{folder}/{number:05}.x", CONFIG.data)
-            records = list(itertools.islice(readers.in_order(source, iter(range(1))), 100))
+            source = sources.open_source(f"{request.param}:{folder}/{number:05}.x", CONFIG.data)
+            records = list(itertools.islice(sources.in_order(source, iter(range(1))), 100))
             assert len(records) < 100
             found.append((records, pipeline._prepare(records, CONFIG, TOKENIZER), count, untouched))
         yield f"{request.param}:{folder}/*.x", found

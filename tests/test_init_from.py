@@ -2,16 +2,16 @@
 
 import dataclasses
 
+import helpers
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tiny
 from flax import nnx
 from PIL import Image
 
 from flip_jax import checkpoint, sharding
-from flip_jax.config import Decoder, Mesh
+from flip_jax.config import DecoderConfig, MeshConfig
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import resize_patch_kernel, sincos_2d
 
@@ -20,7 +20,9 @@ from flip_jax.models.vit import resize_patch_kernel, sincos_2d
 def trained(tmp_path_factory):
     """The weights of a model with a decoder, and the step's folder that holds them."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints" / "5"
-    model = FLIP(dataclasses.replace(tiny.MODEL, decoder=Decoder(weight=1.0, width=16, depth=1, heads=2)), nnx.Rngs(1))
+    model = FLIP(
+        dataclasses.replace(helpers.MODEL, decoder=DecoderConfig(weight=1.0, width=16, depth=1, heads=2)), nnx.Rngs(1)
+    )
     params = nnx.to_pure_dict(nnx.split(model)[1])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder / "state", {"params": params})
@@ -29,14 +31,14 @@ def trained(tmp_path_factory):
 
 def start(folder, settings, fsdp=1):
     """What a run of a model with these settings starts from."""
-    mesh = sharding.make_mesh(Mesh(fsdp=fsdp))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp))
     abstract = nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))[1]
     return checkpoint.read_params(checkpoint.newest(folder), sharding.place(abstract, mesh), settings)
 
 
 def test_the_decoder_is_left_out_and_all_else_kept(trained):
     params, folder = trained
-    started = start(folder, tiny.MODEL)
+    started = start(folder, helpers.MODEL)
     assert "decoder" not in started
     for ours, saved in zip(*map(jax.tree.leaves, (started, {k: params[k] for k in started})), strict=True):
         np.testing.assert_array_equal(ours, saved)
@@ -44,14 +46,14 @@ def test_the_decoder_is_left_out_and_all_else_kept(trained):
 
 def test_another_image_size_gets_its_own_fixed_positions(trained):
     params, folder = trained
-    started = start(folder, tiny.model_with(image_image_size=48), fsdp=2)
+    started = start(folder, helpers.model_with(image_image_size=48), fsdp=2)
     np.testing.assert_array_equal(started["image"]["pos_embed"], sincos_2d(6, 32))
     np.testing.assert_array_equal(started["image"]["patch_kernel"], params["image"]["patch_kernel"])
 
 
 def test_another_patch_size_gets_a_resized_kernel(trained):
     params, folder = trained
-    started = start(folder, tiny.model_with(image_patch_size=16), fsdp=2)
+    started = start(folder, helpers.model_with(image_patch_size=16), fsdp=2)
     kernel = started["image"]["patch_kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (16, 16, 3, 16)
     np.testing.assert_array_equal(started["image"]["pos_embed"], sincos_2d(2, 32))
@@ -69,7 +71,7 @@ def test_a_smaller_kernel_answers_to_smooth_patches_as_the_larger_did():
 
 def test_other_differences_are_refused_with_both_sides(trained):
     with pytest.raises(ValueError, match=r"image_projection.kernel: checkpoint \(32, 16\), model \(32, 8\)"):
-        start(trained[1], tiny.model_with(embed_dim=8))
-    settings = dataclasses.replace(tiny.MODEL, loss="sigmoid")
+        start(trained[1], helpers.model_with(embed_dim=8))
+    settings = dataclasses.replace(helpers.MODEL, loss="sigmoid")
     with pytest.raises(ValueError, match=r"logit_bias: checkpoint None, model \(1,\)"):
         start(trained[1], settings)

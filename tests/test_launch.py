@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 LAUNCH = REPO / "launch"
 SETTINGS = ["--config=configs/flip_l16.py", '--config.data.train=webdataset:gs://a b/{0..9}.tar;it\'s $HOME "*"']

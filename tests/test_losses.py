@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flip_jax import hlo, losses, sharding
-from flip_jax.config import Mesh
+from flip_jax import losses, sharding
+from flip_jax.config import MeshConfig
+from flip_jax.tools import hlo
 
 
 def dense(image, text, scale):
@@ -59,7 +60,7 @@ def test_value_and_gradients_equal_the_dense_reference(
 ):
     monkeypatch.setattr(losses, "GATHERED", gathered)
     image, text = embeddings(48, 12)
-    mesh = sharding.make_mesh(Mesh(fsdp=fsdp), jax.devices()[:devices])
+    mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
     loss = functools.partial(getattr(losses, name), block=block)
     with jax.set_mesh(mesh):
         rows = (jax.device_put(x, sharding.batch_sharding(mesh)) for x in (image, text))
@@ -75,7 +76,7 @@ def test_value_and_gradients_equal_the_dense_reference(
 def test_embeddings_are_gathered_once_unless_they_are_too_many(gathered, times, monkeypatch):
     """An audit: in slices or not, a device gets the columns of both towers, and gives their gradients."""
     monkeypatch.setattr(losses, "GATHERED", gathered)
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:8])
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:8])
     rows, whole = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     pairs = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=rows)
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
@@ -91,7 +92,7 @@ def test_embeddings_are_gathered_once_unless_they_are_too_many(gathered, times, 
 def test_identical_embeddings_at_the_largest_scale_do_not_overflow():
     """All logits are 100, where an unshifted exponential is infinite; the loss is then log N."""
     same = np.tile(embeddings(1, 8)[0], (16, 1))
-    with jax.set_mesh(sharding.make_mesh(Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
         value = losses.info_nce(jnp.asarray(same), jnp.asarray(same), jnp.float32(100))
     np.testing.assert_allclose(value, np.log(16), rtol=1e-6)
 

@@ -2,19 +2,18 @@
 
 import dataclasses
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
-from layouts import run
+from helpers import run_steps
 from PIL import Image
 
 from benchmarks import image_tower_cost
-from flip_jax import config as config_lib
-from flip_jax import masking, metrics, sharding
-from flip_jax.config import Mesh
+from flip_jax import config_check, masking, metrics, sharding
+from flip_jax.config import MeshConfig
 from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import patchify, resize_positions, visible
@@ -177,7 +176,7 @@ def test_text_masks_do_not_depend_on_the_layout_of_devices(name):
 def same_on_any_layout(strategy, rows, keep):
     ids = []
     for devices in (1, 8):
-        mesh = sharding.make_mesh(Mesh(), jax.devices()[:devices])
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
         ids.append(positions(strategy, jax.device_put(rows, sharding.batch_sharding(mesh)), keep))
     np.testing.assert_array_equal(*ids)
 
@@ -185,16 +184,18 @@ def same_on_any_layout(strategy, rows, keep):
 @pytest.mark.slow
 def test_masked_training_does_not_depend_on_the_layout_of_devices():
     """With word counts over the global batch."""
-    model = tiny.model_with(image_mask="block", text_mask="frequency", text_mask_ratio=0.5)
-    losses = [run(n, Mesh(), steps=2, config=dataclasses.replace(tiny.CONFIG, model=model))[0] for n in (1, 8)]
+    model = helpers.model_with(image_mask="block", text_mask="frequency", text_mask_ratio=0.5)
+    losses = [
+        run_steps(n, MeshConfig(), steps=2, config=dataclasses.replace(helpers.CONFIG, model=model))[0] for n in (1, 8)
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_masking_text_does_not_change_which_patches_stay():
-    image, text = tiny.batch(4)
+    image, text = helpers.batch(4)
     kept = []
     for ratio in (0.0, 0.5):
-        model = FLIP(tiny.model_with(text_mask_ratio=ratio), nnx.Rngs(0))
+        model = FLIP(helpers.model_with(text_mask_ratio=ratio), nnx.Rngs(0))
         kept.append(model.masks(image, text, KEY))
     np.testing.assert_array_equal(kept[0][0], kept[1][0])
     assert kept[0][1] is None and kept[1][1].shape == (4, 4)
@@ -203,11 +204,11 @@ def test_masking_text_does_not_change_which_patches_stay():
 @pytest.mark.parametrize("pool", ["first", "mean"])
 def test_masked_text_equals_the_unmasked_tower_on_the_same_tokens(pool):
     """A tower whose whole text is the kept tokens, given their positions, computes the same embedding."""
-    model = FLIP(tiny.model_with(text_pool=pool, text_mask_padding=True), nnx.Rngs(0))
-    text = tiny.batch(3)[1]
+    model = FLIP(helpers.model_with(text_pool=pool, text_mask_padding=True), nnx.Rngs(0))
+    text = helpers.batch(3)[1]
     keep = jnp.array([[0, 3, 6], [1, 2, 7], [0, 1, 2]])
     masked = model.encode_text(text, keep)
-    small = FLIP(tiny.model_with(text_pool=pool, text_mask_padding=True, text_context_length=3), nnx.Rngs(0))
+    small = FLIP(helpers.model_with(text_pool=pool, text_mask_padding=True, text_context_length=3), nnx.Rngs(0))
     small.text.token_embed[...] = model.text.token_embed[...]
     small.text.transformer, small.text_projection = model.text.transformer, model.text_projection
     for row in range(3):
@@ -218,8 +219,8 @@ def test_masked_text_equals_the_unmasked_tower_on_the_same_tokens(pool):
 
 def test_resizing_equals_encoding_a_picture_resized_elsewhere():
     """Pictures and position table resized by Pillow, the table in a model of that size."""
-    model = FLIP(tiny.model_with(image_mask="resize", image_mask_ratio=0.75), nnx.Rngs(0))
-    image, text = tiny.batch(2)
+    model = FLIP(helpers.model_with(image_mask="resize", image_mask_ratio=0.75), nnx.Rngs(0))
+    image, text = helpers.batch(2)
     masks = model.masks(image, text, KEY)
     assert masks == (None, None)
     ours = model.encode_pairs(image, text, masks)[0]
@@ -234,27 +235,27 @@ def test_resizing_equals_encoding_a_picture_resized_elsewhere():
     table = np.asarray(model.image.pos_embed[0])
     by_channel = by_pillow(table[1:].reshape(4, 4, -1).transpose(2, 0, 1), 2).reshape(1, 4, -1)
     np.testing.assert_allclose(resize_positions(table[None], 2)[:, 1:], by_channel, atol=1e-5)
-    small = FLIP(tiny.model_with(image_image_size=16), nnx.Rngs(0))
+    small = FLIP(helpers.model_with(image_image_size=16), nnx.Rngs(0))
     small.image.pos_embed[...] = jnp.concatenate([table[None, :1], by_channel], axis=1)
     np.testing.assert_allclose(ours, small.encode_image(smaller), atol=5e-3)
 
 
 def test_masked_text_is_counted_as_the_shorter_text_that_it_is():
-    masked = metrics.flops_per_sample(tiny.model_with(text_mask_ratio=0.5))
-    assert masked == metrics.flops_per_sample(tiny.model_with(text_context_length=4))
+    masked = metrics.flops_per_sample(helpers.model_with(text_mask_ratio=0.5))
+    assert masked == metrics.flops_per_sample(helpers.model_with(text_context_length=4))
 
 
 @pytest.fixture(scope="module")
 def encoder():
     """Trained, as it were, on 4 of 16 patches; on four devices."""
-    config = dataclasses.replace(tiny.CONFIG, model=tiny.model_with(image_mask_ratio=0.7))
+    config = dataclasses.replace(helpers.CONFIG, model=helpers.model_with(image_mask_ratio=0.7))
     graphdef, params = nnx.split(FLIP(config.model, nnx.Rngs(0)))
-    with jax.set_mesh(sharding.make_mesh(Mesh(), jax.devices()[:4])):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:4])):
         return Encoder(graphdef, params, None, config)
 
 
 def test_masked_and_ensemble_embeddings_are_those_of_views_that_cover_the_picture(encoder):
-    image = tiny.batch(8)[0]
+    image = helpers.batch(8)[0]
     patches = patchify(jnp.asarray(image), 8)
     views = np.asarray(masking.views(jax.random.key(encoder.config.seed), patches, 4))
     assert views.shape == (4, 8, 4)
@@ -270,7 +271,7 @@ def test_masked_and_ensemble_embeddings_are_those_of_views_that_cover_the_pictur
 
 @pytest.mark.parametrize("mask", ["masked", "ensemble"])
 def test_a_masked_embedding_is_the_same_in_any_batch(encoder, mask):
-    image = tiny.batch(8)[0]
+    image = helpers.batch(8)[0]
     together = np.asarray(encoder.encode_image(image, mask))
     np.testing.assert_allclose(encoder.encode_image(image[5:6], mask), together[5:6], atol=1e-6)
     assert np.abs(together - encoder.encode_image(image)).max() > 1e-3
@@ -318,27 +319,27 @@ def test_views_that_do_not_divide_the_picture_cover_it_all_the_same():
 )
 def test_masks_that_make_no_sense_are_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
-        config_lib.from_config_dict({"model": {name: settings}})
+        config_check.from_config_dict({"model": {name: settings}})
 
 
 @pytest.mark.parametrize("image", [{"mask_ratio": 0.0}, {"mask": "block"}])
 def test_masked_inference_needs_a_model_that_was_masked_at_random(image):
     with pytest.raises(ValueError, match="config.eval.mask 'ensemble' masks at random as training does: it needs"):
-        config_lib.from_config_dict({"model": {"image": image}, "eval": {"mask": "ensemble"}})
+        config_check.from_config_dict({"model": {"image": image}, "eval": {"mask": "ensemble"}})
 
 
 @pytest.mark.parametrize("ratio", [0.5842, 0.4872])
 def test_a_ratio_that_the_refusal_names_is_accepted(ratio):
-    config_lib.from_config_dict({"model": {"image": {"mask": "resize", "mask_ratio": ratio}}})
+    config_check.from_config_dict({"model": {"image": {"mask": "resize", "mask_ratio": ratio}}})
 
 
 def test_masked_tower_equals_the_unmasked_tower_on_the_same_patches():
     """A model whose whole picture is the four kept patches, given their positions, computes the same embedding."""
-    model = FLIP(tiny.model_with(), nnx.Rngs(0))
-    patches = patchify(jnp.asarray(tiny.batch(4)[0]), 8)
+    model = FLIP(helpers.model_with(), nnx.Rngs(0))
+    patches = patchify(jnp.asarray(helpers.batch(4)[0]), 8)
     keep = jnp.array([[3, 0, 9, 15], [1, 2, 3, 4], [15, 14, 13, 12], [0, 5, 10, 15]])
     masked = model.embed_patches(patches, keep)
-    small = FLIP(tiny.model_with(image_image_size=16), nnx.Rngs(0))  # 2 x 2 patches
+    small = FLIP(helpers.model_with(image_image_size=16), nnx.Rngs(0))  # 2 x 2 patches
     table = model.image.pos_embed[0]
     for row in range(4):
         small.image.pos_embed[...] = jnp.concatenate([table[:1], table[1:][keep[row]]])[None]
@@ -358,8 +359,8 @@ def test_masking_saves_its_share_of_the_compute_by_the_compilers_count(load_reci
 
 
 def test_order_of_the_kept_patches_does_not_matter():
-    model = FLIP(tiny.model_with(), nnx.Rngs(0))
-    patches = patchify(jnp.asarray(tiny.batch(2)[0]), 8)
+    model = FLIP(helpers.model_with(), nnx.Rngs(0))
+    patches = patchify(jnp.asarray(helpers.batch(2)[0]), 8)
     keep = jnp.array([[3, 0, 9, 15], [1, 2, 3, 4]])
     np.testing.assert_allclose(
         model.embed_patches(patches, keep), model.embed_patches(patches, keep[:, ::-1]), atol=1e-6
@@ -367,7 +368,7 @@ def test_order_of_the_kept_patches_does_not_matter():
 
 
 def test_no_masking_shuffles_nothing():
-    settings = tiny.model_with(image_mask_ratio=0.0)
+    settings = helpers.model_with(image_mask_ratio=0.0)
     assert visible(settings.image, jax.random.key(0), jnp.zeros((2, 16, 3))) is None
 
 

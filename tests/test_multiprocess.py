@@ -10,9 +10,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import COMPILE_FAST, REPO
 from flax.traverse_util import flatten_dict
-from runs import arguments, environment, final_params, leaves, metrics
+from helpers import COMPILE_FAST, REPO, arguments, environment, final_params, leaves, metrics
 
 LOST = 180  # seconds: no process waits longer for one that was killed
 

@@ -6,9 +6,7 @@ import re
 import nbclient
 import nbformat
 import pytest
-from conftest import REPO
-from runs import environment, metrics
-from test_embed import make_encoder
+from helpers import REPO, environment, make_encoder, metrics
 
 from flip_jax import checkpoint
 

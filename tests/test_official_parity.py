@@ -11,13 +11,13 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flip_jax import losses, masking, optim, sharding, train_step
-from flip_jax.compat.official import to_ours
-from flip_jax.config import Config, ImageTower, Mesh, Model, Optim, TextTower
+from flip_jax.config import Config, ImageConfig, MeshConfig, ModelConfig, OptimConfig, TextConfig
 from flip_jax.models.flip import FLIP
+from flip_jax.tools.compat.official import to_ours
 
-SETTINGS = Model(
-    image=ImageTower(image_size=64, patch_size=16, width=64, depth=3, heads=4, mask_ratio=0.5),
-    text=TextTower(vocab_size=1001, width=48, depth=2, heads=4),
+SETTINGS = ModelConfig(
+    image=ImageConfig(image_size=64, patch_size=16, width=64, depth=3, heads=4, mask_ratio=0.5),
+    text=TextConfig(vocab_size=1001, width=48, depth=2, heads=4),
     embed_dim=32,
     dtype="float32",
 )
@@ -26,13 +26,13 @@ CONFIG = Config(
     total_samples=240,
     warmup_samples=16,
     model=SETTINGS,
-    optim=Optim(base_learning_rate=0.032),
+    optim=OptimConfig(base_learning_rate=0.032),
 )
 
 
 @pytest.fixture
 def program():
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield train_step.make_program(CONFIG, mesh)
 
@@ -83,7 +83,7 @@ def test_three_optimiser_steps(recorded, program, monkeypatch):
                 if "key/bias" not in name:  # mathematically 0: rounding noise only
                     close(grad, theirs[name], 1e-4, name)
         # A program of its own for each step: the recorded mask is a constant of the compiled step.
-        program = train_step.make_program(CONFIG, sharding.make_mesh(Mesh(), jax.devices()[:1]))
+        program = train_step.make_program(CONFIG, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
         state, metrics = program.step(state, inputs["image"], inputs["txt"])
         np.testing.assert_allclose(metrics["loss"], steps["loss"][step], atol=1e-6)
         np.testing.assert_allclose(metrics["learning_rate"], steps["learning_rate"][step], rtol=1e-6)

@@ -5,12 +5,14 @@ import json
 
 import jax
 import pytest
-from runs import arguments, run
+from helpers import arguments, run_command
 
 
 @pytest.mark.slow
 def test_a_trace_of_the_chosen_steps_is_left_and_can_be_read(shards, tmp_path):
-    done = run([*arguments(shards, tmp_path, total_samples=160, **{"log.every_steps": 1}), "--config.profile=(2,3)"])
+    done = run_command(
+        [*arguments(shards, tmp_path, total_samples=160, **{"log.every_steps": 1}), "--config.profile=(2,3)"]
+    )
     assert "step 5/5" in done.stdout
     folder = tmp_path / "profile" / "process_0"
     [binary] = folder.glob("plugins/profile/*/*.xplane.pb")

@@ -9,16 +9,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from helpers import REPO, arguments, environment
 from PIL import Image
-from runs import arguments, environment
 
 from benchmarks import turns
 from flip_jax import config as config_lib
-from flip_jax.data import formats
+from flip_jax import config_check
+from flip_jax.data import sources
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-SETTINGS = config_lib.flatten(config_lib.Config())
+SETTINGS = config_check.flatten(config_lib.Config())
 
 # Programs of others, which tests cannot ask what they take.
 OTHERS = {
@@ -197,7 +197,7 @@ def test_the_messages_are_those_of_the_program():
     for row in rows:
         for part in re.split(r"\bconfig\.mask_ratio\b|\b[NM]\b|\bnan\b|\.\.\.", row):
             assert part in source, f"{part!r} of {row!r} is nowhere in the program"
-    assert set(formats.KINDS) >= {"webdataset", "tfrecord", "parquet", "csv", "tfds"}
+    assert set(sources.KINDS) >= {"webdataset", "tfrecord", "parquet", "csv", "tfds"}
 
 
 # What the README's commands need to run here in seconds. They run in their order, each in the folder that the earlier

@@ -2,14 +2,14 @@
 
 import dataclasses
 
+import helpers
 import jax
 import numpy as np
 import pytest
-import tiny
-from layouts import run
+from helpers import run_steps
 
 from flip_jax import sharding, train
-from flip_jax.config import Mesh
+from flip_jax.config import MeshConfig
 
 
 def assert_same_training(ours, reference):
@@ -22,20 +22,22 @@ def assert_same_training(ours, reference):
             assert difference <= 1e-5 * np.linalg.norm(expected), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(fsdp=2), Mesh(fsdp=2, tensor=2)])
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2), MeshConfig(fsdp=2, tensor=2)])
 def test_eight_devices_train_as_one_does(alone, mesh):
-    assert_same_training(run(8, mesh), alone)
+    assert_same_training(run_steps(8, mesh), alone)
 
 
-@pytest.mark.parametrize("devices, mesh, parts", [(1, Mesh(), 2), (1, Mesh(), 16), (4, Mesh(fsdp=2), 4)])
+@pytest.mark.parametrize(
+    "devices, mesh, parts", [(1, MeshConfig(), 2), (1, MeshConfig(), 16), (4, MeshConfig(fsdp=2), 4)]
+)
 def test_microbatches_train_as_the_whole_batch_does(alone, devices, mesh, parts):
     """The loss still compares all pairs, and every picture keeps its mask."""
-    config = dataclasses.replace(tiny.CONFIG, microbatches=parts)
-    assert_same_training(run(devices, mesh, config=config), alone)
+    config = dataclasses.replace(helpers.CONFIG, microbatches=parts)
+    assert_same_training(run_steps(devices, mesh, config=config), alone)
 
 
 def test_rows_of_a_microbatch_stay_on_their_device():
-    mesh = sharding.make_mesh(Mesh(fsdp=2))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2))
     with jax.set_mesh(mesh):
         (rows,) = sharding.to_devices(mesh, np.arange(48.0))
         parts = jax.jit(lambda x: sharding.split(x, 3))(rows)
@@ -48,7 +50,7 @@ def test_rows_of_a_microbatch_stay_on_their_device():
 
 
 def test_parameters_and_optimiser_state_are_split():
-    _, state = run(8, Mesh(fsdp=2, tensor=2), steps=1)
+    _, state = run_steps(8, MeshConfig(fsdp=2, tensor=2), steps=1)
     mu = state.opt_state[0].mu
     for tree in (state.params, mu):
         kernel = tree["image"]["transformer"]["blocks"]["mlp1"]["kernel"]  # layers, embed, mlp
@@ -59,7 +61,7 @@ def test_parameters_and_optimiser_state_are_split():
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     with pytest.raises(ValueError, match=r"config.mesh: fsdp 3 x tensor 1 = 3 does not divide the 8 devices"):
-        sharding.make_mesh(Mesh(fsdp=3))
+        sharding.make_mesh(MeshConfig(fsdp=3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +85,17 @@ class Chip:
 
 def test_slices_split_the_data_axis_alone():
     chips = [Chip(i // 8, i) for i in (*range(8, 16), *range(8))]  # 0 to 7 are slice 0
-    mesh = sharding.make_mesh(Mesh(fsdp=2, tensor=2), chips)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), chips)
     assert mesh.devices.shape == (4, 2, 2) and set(mesh.devices.flat) == set(chips)
     slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
     np.testing.assert_array_equal(slices, np.broadcast_to([[[0]], [[0]], [[1]], [[1]]], (4, 2, 2)))
     with pytest.raises(ValueError, match=r"= 16 does not divide the 8 devices of each of the 2 slices"):
-        sharding.make_mesh(Mesh(fsdp=16), chips)
+        sharding.make_mesh(MeshConfig(fsdp=16), chips)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does():
     with pytest.raises(ValueError, match=r"config.global_batch_size 20 .* 8 devices .* nearest that does is 16"):
-        train.check_batches(dataclasses.replace(tiny.CONFIG, global_batch_size=20), sharding.make_mesh(Mesh()))
+        train.check_batches(dataclasses.replace(helpers.CONFIG, global_batch_size=20), sharding.make_mesh(MeshConfig()))
 
 
 def test_golden_first_steps(alone):

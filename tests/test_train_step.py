@@ -3,21 +3,22 @@
 import dataclasses
 import types
 
+import helpers
 import jax
 import pytest
-import tiny
 
 from flip_jax import sharding, train_step
-from flip_jax.config import REMAT, Mesh
+from flip_jax.config import MeshConfig
+from flip_jax.config_check import REMAT
 
 NEEDED = {"none": 1000, "dots": 500, "names": 300, "full": 100}  # bytes, as far as the stand-in of the compiler says
 
 
 def least(policy, limit=None):
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
-    model = dataclasses.replace(tiny.MODEL, remat=policy)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    model = dataclasses.replace(helpers.MODEL, remat=policy)
     with jax.set_mesh(mesh):
-        return train_step.least_recompute(dataclasses.replace(tiny.CONFIG, model=model), mesh, limit)
+        return train_step.least_recompute(dataclasses.replace(helpers.CONFIG, model=model), mesh, limit)
 
 
 @pytest.fixture
@@ -66,4 +67,4 @@ def test_what_is_compiled_keeps_less_from_policy_to_policy_and_runs():
     peaks = [peak for _, _, peak in found.values()]
     assert peaks == sorted(set(peaks), reverse=True)
     _, program, _ = found["names"]
-    assert float(program.step(program.init(), *tiny.batch())[1]["loss"]) > 0
+    assert float(program.step(program.init(), *helpers.batch())[1]["loss"]) > 0

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from flip_jax.config import Config
-from flip_jax.data import readers, transforms
+from flip_jax.data import sources, transforms
 from flip_jax.data.tokenizer import Tokenizer
 
 PREFETCH = 2  # batches ready before they are asked for
@@ -45,7 +45,7 @@ def train_dataset(
     """
     rows = _share("config.global_batch_size", config.global_batch_size, process_count)
     mixture = _mixture(config)
-    schedules = [readers.Schedule(len(source), config.seed, process_index, process_count) for _, source in mixture]
+    schedules = [sources.Schedule(len(source), config.seed, process_index, process_count) for _, source in mixture]
     fingerprint = {
         "process_index": process_index,
         "process_count": process_count,
@@ -61,7 +61,7 @@ def _mixture(config):
         weight, value = _WEIGHTED.fullmatch(entry).groups()
         if weight and not float(weight):
             raise ValueError(f"config.data.train: a weight must be above 0, got {entry!r}")
-        mixture.append((float(weight or 1), readers.open_source(value, config.data, "config.data.train")))
+        mixture.append((float(weight or 1), sources.open_source(value, config.data, "config.data.train")))
     return mixture
 
 
@@ -76,7 +76,7 @@ def eval_dataset(source: str, config: Config, *, with_text: bool = False) -> Ite
       ValueError: the source cannot be read, or the batch does not divide by the number of processes.
     """
     rows = _share("config.eval.batch_size", config.eval.batch_size, jax.process_count())
-    return _eval_batches(readers.open_source(source, config.data), rows, config, with_text)
+    return _eval_batches(sources.open_source(source, config.data), rows, config, with_text)
 
 
 def _eval_batches(source, rows, config, with_text):
@@ -89,7 +89,7 @@ def _eval_batches(source, rows, config, with_text):
         except transforms.BadImage:
             return None
 
-    records = readers.in_order(source, iter(range(len(source))))
+    records = sources.in_order(source, iter(range(len(source))))
     with ThreadPoolExecutor(_threads(config), "flip_jax-eval") as pool:
         # Every process goes through all records and takes its share by position, so all know how many there are.
         while chunk := list(itertools.islice(records, rows * jax.process_count())):
@@ -110,8 +110,8 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
     """At most `limit` captions of the training set, to learn a vocabulary from; the same in every process."""
     mixture, captions = _mixture(config), []
     for _, source in mixture:
-        schedule = readers.Schedule(len(source), config.seed)
-        records = readers.in_order(source, (schedule[i][0] for i in range(len(source))))
+        schedule = sources.Schedule(len(source), config.seed)
+        records = sources.in_order(source, (schedule[i][0] for i in range(len(source))))
         texts = (text for record in records for text in record.get("texts", []))
         captions += itertools.islice(texts, limit // len(mixture))
     return captions
@@ -244,7 +244,7 @@ class _Stream:
     def _chunks(self, places):
         """As `readers.interleave`, but gives up before a window is filled with the complaints of unreadable shards."""
         unreadable = 0
-        for after, chunk in readers.interleave(self._source, self._schedule, places):
+        for after, chunk in sources.interleave(self._source, self._schedule, places):
             self._readable = self._readable or not all("bad" in record for record in chunk)
             unreadable += len(chunk)
             if not self._readable and unreadable >= NONE_AMONG:

@@ -7,6 +7,8 @@ A record is {"key": str, "epoch": int, "image": bytes, "texts": list[str], "labe
 from collections.abc import Iterable
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 Record = dict[str, Any]
 Pick = tuple[int, int]  # index of a shard or record, epoch
 
@@ -36,3 +38,20 @@ def _texts(value):
     # Text from JSON may hold halves of characters, which cannot be encoded.
     encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
     return [text.decode() for text in encoded if text.strip()]
+
+
+def example(data):
+    """The features of a serialised tf.train.Example by name, lists of bytes or of integers; None if it is none."""
+    from tensorflow_datasets.proto import tf_example_pb2  # slow to import, and not every source needs it
+
+    try:
+        features = tf_example_pb2.Example.FromString(data).features.feature
+    except DecodeError:
+        return None
+    return {name: list(value.bytes_list.value or value.int64_list.value) for name, value in features.items()}
+
+
+def example_key(fields, default):
+    """The key of an example, or its place."""
+    key = next(iter(fields.get("key", ())), default)
+    return key.decode(errors="replace") if isinstance(key, bytes) else str(key)

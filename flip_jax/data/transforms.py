@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from flip_jax.config import Data
+from flip_jax.config import DataConfig
 
 try:  # Pillow's resize but for rounding, in a quarter of the time; there are no wheels for Linux on ARM
     import cykooz_resizer
@@ -33,7 +33,7 @@ def generator(seed: int, epoch: int, key: str) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{key}")
 
 
-def train_window(height: int, width: int, size: int, settings: Data, rng: random.Random) -> Window:
+def train_window(height: int, width: int, size: int, settings: DataConfig, rng: random.Random) -> Window:
     """A random window: area uniform in `crop_area` of the picture, aspect log-uniform in `crop_aspect`, any place.
 
     The first of ten draws that fits, else the centre square of size / (size + 32) of the shorter side (official FLIP).
@@ -53,7 +53,7 @@ def centre_window(height: int, width: int, side: int) -> Window:
     return (width - side + 1) // 2, (height - side + 1) // 2, side, side
 
 
-def decode(data: bytes, size: int, settings: Data, rng: random.Random | None = None) -> np.ndarray:
+def decode(data: bytes, size: int, settings: DataConfig, rng: random.Random | None = None) -> np.ndarray:
     """A picture, cropped and resized as `settings.resize` says: uint8 [size, size, 3].
 
     The window, and whether it is flipped, are drawn from `rng`; without one it is the centre square. Of an animation
@@ -82,7 +82,7 @@ def decode(data: bytes, size: int, settings: Data, rng: random.Random | None = N
         raise BadImage("image does not decode") from error
 
 
-def eval_image(image: Image.Image, size: int, settings: Data) -> np.ndarray:
+def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarray:
     """The centre square of a picture in any mode, as `decode` gives it without a generator."""
     window = centre_window(image.height, image.width, min(image.size))
     return _resize(np.asarray(_to_rgb(image)), window, size, settings, train=False)

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flip_jax.config import Config
-from flip_jax.data import pipeline, readers
+from flip_jax.data import pipeline, sources
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def find(text: str, config: Config) -> Dataset:
         r"(?:([\w-]+)(?:=|$|(?=;train=)))?(.*?)(?:;train=(.+))?", text, re.DOTALL
     ).groups("")
     if not name:
-        own = readers.open_source(source, config.data)
+        own = sources.open_source(source, config.data)
         names, templates = own.class_names or (), config.eval.templates or own.templates or PLAIN
         classes = _classes_of_file(config.eval.classnames) if config.eval.classnames else _spaced(names)
         return Dataset(text, source, train, "top1", classes, tuple(templates), test_names=tuple(names))
@@ -152,7 +152,7 @@ def find(text: str, config: Config) -> Dataset:
     folder = config.data.tfds_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
     test = source or known.test.replace("DIR", folder)
     try:
-        own = readers.open_source(test, config.data)
+        own = sources.open_source(test, config.data)
     except ValueError as error:
         if source or known.test.startswith("tfds:"):
             raise
@@ -198,7 +198,7 @@ def labelled(dataset: Dataset, config: Config, split: str = "test") -> Iterator[
     source = getattr(dataset, split)
     if not source:
         raise ValueError(f"{dataset.name} has no {split} split: add ';{split}=SOURCE' to the task")
-    opened = readers.open_source(source, config.data)
+    opened = sources.open_source(source, config.data)
     place = places(source, opened.class_names, dataset)
     for batch in batches(source, config):
         label, mask = batch["label"], batch["mask"]
@@ -216,7 +216,7 @@ def labelled(dataset: Dataset, config: Config, split: str = "test") -> Iterator[
 
 def batches(source: str, config: Config, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
     """`pipeline.eval_dataset`, counted on a bar where somebody watches: of the first process, on a terminal."""
-    opened = readers.open_source(source, config.data)
+    opened = sources.open_source(source, config.data)
     total = len(opened) if opened.at_once > 1 else None  # how many records shards hold, nobody knows
     read = used = 0
     with progress(source, total, " pictures") as bar:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flip_jax import sharding
 from flip_jax.config import Config
-from flip_jax.data import readers
+from flip_jax.data import sources
 from flip_jax.evaluators import datasets, zeroshot
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
@@ -42,7 +42,7 @@ def check(dataset: Dataset, config: Config) -> None:
         raise ValueError(f"{dataset.name} has captions and no classes; it is for retrieval/{dataset.name}")
     if not dataset.train:
         raise ValueError(f"{dataset.name} has no train split: add ';train=SOURCE' to the task")
-    readers.open_source(dataset.train, config.data)
+    sources.open_source(dataset.train, config.data)
 
 
 def features(encoder: Encoder, dataset: Dataset, config: Config, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flip_jax.config import Model
-from flip_jax.models import transformer
+import flip_jax.models.transformer as transformer
+from flip_jax.config import ModelConfig
 from flip_jax.models.vit import sincos_2d
 
 
 class Decoder(nnx.Module):
     """Encoded visible patches, and a learned token for each removed one, to pixels (arXiv 2111.06377)."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         settings, image, self.dtype = model.decoder, model.image, jnp.dtype(model.dtype)
         width = settings.width
         self.embed = transformer.dense((image.width, width), ("embed", None), transformer.xavier, self.dtype, rngs)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import flip_jax.models.text as text
+import flip_jax.models.transformer as transformer
+import flip_jax.models.vit as vit
 from flip_jax import losses
-from flip_jax.config import Model
-from flip_jax.models import text, transformer, vit
-from flip_jax.models.decoder import Decoder
+from flip_jax.config import ModelConfig
 from flip_jax.models.vit import patchify
 
 MAX_SCALE = 100.0
@@ -19,7 +20,7 @@ Masks = tuple[jax.Array | None, jax.Array | None]  # positions of the visible pa
 class FLIP(nnx.Module):
     """Contrastive image-text model. Parameters are f32; `settings.dtype` is the type of the towers' arithmetic."""
 
-    def __init__(self, settings: Model, rngs: nnx.Rngs):
+    def __init__(self, settings: ModelConfig, rngs: nnx.Rngs):
         self.settings = settings
         self.image = vit.VisionTransformer(settings, rngs)
         self.text = text.TextTransformer(settings, rngs)
@@ -27,6 +28,8 @@ class FLIP(nnx.Module):
         self.text_projection = _projection(settings.text.width, settings.embed_dim, rngs)
         self.logit_scale = nnx.Param(jnp.full((1,), math.log(settings.temperature)), axes=("norm",))
         if settings.decoder.weight:
+            from flip_jax.models.decoder import Decoder
+
             self.decoder = Decoder(settings, rngs)
         if settings.loss == "sigmoid":
             # Most pairs are untrue: without it the first steps would only learn that (SigLIP, arXiv 2303.15343).

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import flip_jax.models.transformer as transformer
 from flip_jax import masking
-from flip_jax.config import Model, TextTower
+from flip_jax.config import ModelConfig, TextConfig
 from flip_jax.masking import PAD
-from flip_jax.models import transformer
 from flip_jax.sharding import whole
 
 
 class TextTransformer(nnx.Module):
     """Token embedding, learned positions, transformer, pooling. No special token is put in front (official)."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         self.settings, self.dtype = model.text, jnp.dtype(model.dtype)
         settings = model.text
         normal = nnx.initializers.normal(0.02)
@@ -49,7 +49,7 @@ class TextTransformer(nnx.Module):
         return jnp.sum(x * weight_BxTx1, axis=1) / jnp.maximum(jnp.sum(weight_BxTx1, axis=1), 1)
 
 
-def visible(settings: TextTower, key: jax.Array, token_BxT: jax.Array) -> jax.Array | None:
+def visible(settings: TextConfig, key: jax.Array, token_BxT: jax.Array) -> jax.Array | None:
     """Positions of the tokens that stay in a training step, rising, or None where none is removed."""
     if settings.mask_ratio == 0:
         return None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flip_jax.config import ImageTower, Model, TextTower
+from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 from flip_jax.sharding import by_batch
 
 xavier = nnx.initializers.xavier_uniform()
@@ -29,7 +29,7 @@ ACTIVATIONS = {
 }
 
 
-def layer_norm(width: int, model: Model, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, model: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm; statistics in f32, the output in the model's `dtype`."""
     vector = {"axes": ("norm",)}
     return nnx.LayerNorm(
@@ -71,7 +71,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), of hidden width 4x."""
 
-    def __init__(self, width: int, heads: int, model: Model, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, model: ModelConfig, rngs: nnx.Rngs):
         self.heads, self.activation, dtype = heads, model.activation, jnp.dtype(model.dtype)
         self.attention = model.attention if jax.default_backend() == "gpu" else "xla"
         self.norm1 = layer_norm(width, model, rngs)
@@ -98,7 +98,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """`depth` blocks and a final norm. Every block parameter has the shape [depth, ...]."""
 
-    def __init__(self, tower: ImageTower | TextTower, model: Model, rngs: nnx.Rngs):
+    def __init__(self, tower: ImageConfig | TextConfig, model: ModelConfig, rngs: nnx.Rngs):
 
         @nnx.split_rngs(splits=tower.depth)
         @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})

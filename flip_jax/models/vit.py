@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import flip_jax.models.transformer as transformer
 from flip_jax import masking
-from flip_jax.config import ImageTower, Model
-from flip_jax.models import transformer
+from flip_jax.config import ImageConfig, ModelConfig
 
 # Mean and standard deviation of the channels, as shares of the brightest value.
 PIXEL_STATS = {
@@ -62,7 +62,7 @@ def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarr
     return resized.reshape(patch_size, patch_size, channels, width).astype(np.float32)
 
 
-def resize_weight(settings: ImageTower, name: str, value: np.ndarray) -> np.ndarray:
+def resize_weight(settings: ImageConfig, name: str, value: np.ndarray) -> np.ndarray:
     """A weight ("pos_embed" or "patch_kernel") of a tower of another image or patch size, for this one."""
     if name == "patch_kernel":
         return resize_patch_kernel(value, settings.patch_size)
@@ -80,7 +80,7 @@ def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax
 class VisionTransformer(nnx.Module):
     """Patch embedding, positions, cls token, transformer, pooling."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         self.settings, self.dtype = model.image, jnp.dtype(model.dtype)
         settings, patch, width = model.image, model.image.patch_size, model.image.width
         self.patch_kernel = nnx.Param(
@@ -138,14 +138,14 @@ class VisionTransformer(nnx.Module):
         return self.transformer(x).astype(jnp.float32)
 
 
-def resized(settings: ImageTower, image_BxHxWx3: jax.Array) -> jax.Array:
+def resized(settings: ImageConfig, image_BxHxWx3: jax.Array) -> jax.Array:
     """The pictures of a training step: smaller ones where masking is done by resizing."""
     if settings.mask_ratio == 0 or settings.mask != "resize":
         return image_BxHxWx3
     return masking.resize(image_BxHxWx3, math.isqrt(settings.visible_patches) * settings.patch_size)
 
 
-def visible(settings: ImageTower, key: jax.Array, patch_BxLxP: jax.Array) -> jax.Array | None:
+def visible(settings: ImageConfig, key: jax.Array, patch_BxLxP: jax.Array) -> jax.Array | None:
     """Positions of the patches that stay in a training step, or None where none is removed."""
     if settings.mask_ratio == 0 or settings.mask == "resize":
         return None

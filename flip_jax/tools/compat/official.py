@@ -1,0 +1,159 @@
+"""Weights of the released FLIP checkpoints, which t5x wrote, in our names."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore
+from flax import nnx, serialization
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flip_jax.config import ModelConfig
+from flip_jax.models.flip import FLIP
+from flip_jax.models.vit import sincos_2d
+
+MAX_INDEX_BYTES = 2**26  # of the file that names the arrays; those of the released models are far smaller
+_TOWERS = {"image": "img_encoder", "text": "txt_encoder"}
+_NORM, _DENSE = ("scale", "bias"), ("kernel", "bias")
+_BLOCK = {
+    "norm1": ("LayerNorm_0", _NORM),
+    "norm2": ("LayerNorm_1", _NORM),
+    "mlp1": ("MlpBlock_0/Dense_0", _DENSE),
+    "mlp2": ("MlpBlock_0/Dense_1", _DENSE),
+    **{name: (f"MultiHeadDotProductAttention_0/{name}", _DENSE) for name in ("query", "key", "value", "out")},
+}
+# Our parameter to the official one; of a stacked parameter each layer is an official one, {:02} its number.
+NAMES = {
+    "logit_scale": "logit_scale",
+    "image_projection/kernel": "img_mlp1/kernel",
+    "text_projection/kernel": "txt_mlp1/kernel",
+    "image/cls": "img_encoder/cls",
+    "image/patch_kernel": "img_encoder/embedding/kernel",
+    "image/patch_bias": "img_encoder/embedding/bias",
+    "text/token_embed": "txt_encoder/token_embedding/embedding",
+}
+for _ours, _theirs in _TOWERS.items():
+    NAMES[f"{_ours}/pos_embed"] = f"{_theirs}/posembed_encoder/pos_embedding"
+    for _leaf in _NORM:
+        NAMES[f"{_ours}/transformer/norm/{_leaf}"] = f"{_theirs}/Transformer/encoder_norm/{_leaf}"
+    for _layer, (_official, _leaves) in _BLOCK.items():
+        for _leaf in _leaves:
+            name = f"{_theirs}/Transformer/encoderblock_{{:02}}/{_official}/{_leaf}"
+            NAMES[f"{_ours}/transformer/blocks/{_layer}/{_leaf}"] = name
+POSITIONS = NAMES["image/pos_embed"]
+
+
+def to_ours(official: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{"image/cls": array, ...} of {official name: array}, the layers stacked. ValueError for a name that is none."""
+    rest, found = dict(official), {}
+    for ours, template in NAMES.items():
+        layers = []
+        while (name := template.format(len(layers))) in rest:
+            layers.append(rest.pop(name))
+        if layers:
+            found[ours] = np.stack(layers) if "{" in template else np.asarray(layers[0])
+    if rest:
+        raise ValueError(f"no parameters of FLIP: {', '.join(sorted(rest))}")
+    return found
+
+
+def load(folder: str | pathlib.Path, model: ModelConfig) -> dict[str, Any]:
+    """The weights, as nested dicts of f32 arrays, of a folder checkpoint_STEP; the optimiser's state is left out.
+
+    A position table of another size is computed anew for the model's, as the official code does.
+
+    Raises:
+      ValueError: files missing or damaged, or names or shapes that are not the model's, both sides.
+    """
+    folder = pathlib.Path(folder).absolute()
+    leaves = _index(folder)
+    stores = {name: _open(folder, name, leaf) for name, leaf in leaves.items()}
+    theirs = {name: tuple(store.shape) for name, store in stores.items()}
+    ours = _shapes(model)
+    rebuilt = POSITIONS in theirs and theirs[POSITIONS] != ours.get(POSITIONS, theirs[POSITIONS])
+    differences = [
+        f"  {name}: checkpoint {theirs.get(name)}, config.model {ours.get(name)} (None: absent)"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name) and not (rebuilt and name == POSITIONS)
+    ]
+    if differences:
+        raise ValueError(f"The weights in {folder} do not fit config.model:\n" + "\n".join(differences))
+    arrays = {name: _read(folder, name, store) for name, store in stores.items()}
+    if rebuilt:
+        image = model.image
+        arrays[POSITIONS] = sincos_2d(image.image_size // image.patch_size, image.width)
+    return unflatten_dict(to_ours(arrays), sep="/")
+
+
+def _index(folder: pathlib.Path) -> dict[str, Any]:
+    """{official name: where its array is}."""
+    path = folder / "checkpoint"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no file 'checkpoint': it must be a folder checkpoint_STEP of the official code")
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, more than {MAX_INDEX_BYTES}: it is no t5x checkpoint"
+        )
+    try:
+        target = serialization.msgpack_restore(path.read_bytes())["optimizer"]["target"]
+        return flatten_dict(target, sep="/", is_leaf=lambda _, value: "driver" in value)
+    except Exception as error:  # whatever damaged bytes make of msgpack
+        raise ValueError(f"{path} is damaged or no t5x checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _open(folder: pathlib.Path, name: str, leaf: Any) -> Any:
+    """The array, opened but not read. Whatever store its specification names, it is the folder beside the index."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    own = "target." + name.replace("/", ".")
+    try:
+        driver, path = leaf["driver"], pathlib.PurePosixPath(leaf["kvstore"]["path"]).name
+        shape, dtype = tuple(leaf["metadata"]["shape"]), leaf["dtype"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: the specification of {name} is damaged: {leaf!r}") from error
+    if driver != "zarr" or dtype != "float32" or path != own:
+        raise ValueError(f"{folder}: {name} must be a float32 zarr in {own}, got {dtype} {driver} in {path!r}")
+    place = folder / own
+    if not (place / ".zarray").is_file() or place.resolve().parent != folder.resolve():
+        raise ValueError(f"{place} with its .zarray must be in the folder of the checkpoint, but is missing")
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{place}/"},
+        "fill_missing_data_reads": False,  # a chunk that is not there is an error, not zeros
+    }
+    try:
+        store = tensorstore.open(spec, open=True).result()
+    except Exception as error:  # tensorstore raises by the kind of failure
+        raise ValueError(f"{place / '.zarray'} is damaged: {error}") from error
+    if tuple(store.shape) != shape or store.dtype.name != dtype:
+        raise ValueError(f"{place}: .zarray says {store.dtype.name} {store.shape}, 'checkpoint' {dtype} {shape}")
+    return store
+
+
+def _read(folder: pathlib.Path, name: str, store: Any) -> np.ndarray:
+    try:
+        array = np.asarray(store if isinstance(store, np.ndarray) else store.read().result(), np.float32)
+    except Exception as error:  # as above
+        raise ValueError(f"{folder}: {name} has missing or damaged chunks: {error}") from error
+    if not np.isfinite(array).all():
+        raise ValueError(f"{folder}: {name} holds values that are not finite")
+    return array
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{official name: shape} of the model's parameters; one that FLIP has not keeps our name."""
+    shapes = {}
+    for name, leaf in flatten_dict(abstract_params(model), sep="/").items():
+        template = NAMES.get(name, name)
+        layered = "{" in template
+        for layer in range(leaf.shape[0] if layered else 1):
+            shapes[template.format(layer)] = leaf.shape[1:] if layered else leaf.shape
+    return shapes
+
+
+def abstract_params(model: ModelConfig) -> dict[str, Any]:
+    """The model's parameters as nested dicts of `jax.ShapeDtypeStruct`."""
+    state = nnx.split(nnx.eval_shape(lambda: FLIP(model, nnx.Rngs(0))))[1]
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))

@@ -1,0 +1,235 @@
+"""Weights of open_clip models as ours and ours as open_clip's, by way of safetensors."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from flip_jax.config import ModelConfig
+from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from flip_jax.models.flip import MAX_SCALE
+from flip_jax.tools.compat.official import abstract_params
+from flip_jax.tools.compat.open_clip_settings import EPS, model_settings, open_clip_settings
+
+MAX_JSON_BYTES = 2**20
+
+
+def import_model(weights: pathlib.Path, settings: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """A model's settings and weights, of a safetensors file and of open_clip's JSON configuration.
+
+    Raises:
+      ValueError: files that are damaged; an architecture that ours cannot express, and why; names or shapes that
+        differ, both sides.
+    """
+    model = model_settings(_read_json(settings), str(settings))
+    theirs = {name.removeprefix("text."): array for name, array in _read_weights(weights).items()}
+    abstract = abstract_params(model)
+    expected = jax.eval_shape(to_open_clip, abstract)
+    for name in ("logit_scale", "logit_bias"):
+        if np.size(theirs.get(name, ())) == 1:
+            theirs[name] = theirs[name].reshape(())
+    differences = [
+        f"  {name}: file {np.shape(theirs[name]) if name in theirs else 'absent'}, "
+        f"settings {expected[name].shape if name in expected else 'absent'}"
+        for name in sorted(theirs.keys() | expected.keys())
+        if name not in theirs or name not in expected or theirs[name].shape != expected[name].shape
+    ]
+    if differences:
+        raise ValueError(f"{weights} is not the model that {settings} describes:\n" + "\n".join(differences))
+    # `to_open_clip` moves numbers and changes none: it is a permutation, whose transpose is its inverse.
+    (params,) = jax.linear_transpose(to_open_clip, abstract)({k: jnp.asarray(v) for k, v in theirs.items()})
+    if model.image.positions == "sincos" and np.any(params["image"]["pos_embed"][0, 0]):
+        raise ValueError(
+            f"{weights}: fixed positions must leave cls as it is, but visual.positional_embedding[0] is not 0"
+        )
+    return model, params
+
+
+def to_open_clip(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """{open_clip's name: array} of weights that are laid out as its are. Linear: it only moves numbers."""
+    image, text = params["image"], params["text"]
+    named = {
+        "visual.conv1.weight": image["patch_kernel"].transpose(3, 2, 0, 1),
+        "visual.class_embedding": image["cls"].reshape(-1),
+        "visual.positional_embedding": image["pos_embed"].reshape(image["pos_embed"].shape[1:]),
+        **_norm("visual.ln_post", image["transformer"]["norm"]),
+        "visual.proj": params["image_projection"]["kernel"],
+        "token_embedding.weight": text["token_embed"],
+        "positional_embedding": text["pos_embed"].reshape(text["pos_embed"].shape[1:]),
+        **_norm("ln_final", text["transformer"]["norm"]),
+        "text_projection": params["text_projection"]["kernel"],
+        **{name: params[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in params},
+        **_blocks("visual.transformer", image["transformer"]["blocks"]),
+        **_blocks("transformer", text["transformer"]["blocks"]),
+    }
+    if "pre_norm" in image:
+        named |= _norm("visual.ln_pre", image["pre_norm"])
+    return named
+
+
+def _norm(name: str, norm: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name}.weight": norm["scale"], f"{name}.bias": norm["bias"]}
+
+
+def _dense(name: str, layer: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name}.weight": layer["kernel"].T, f"{name}.bias": layer["bias"]}
+
+
+def _blocks(name: str, stacked: Mapping[str, Any]) -> dict[str, Any]:
+    depth = stacked["norm1"]["scale"].shape[0]
+    parts = jax.tree.map(lambda x: [y.reshape(y.shape[1:]) for y in jax.lax.split(x, [1] * depth)], stacked)
+    named = {}
+    for i in range(depth):
+        block = {layer: {leaf: parts[layer][leaf][i] for leaf in stacked[layer]} for layer in stacked}
+        prefix, inputs = f"{name}.resblocks.{i}", [block[x] for x in ("query", "key", "value")]
+        named |= {
+            **_norm(f"{prefix}.ln_1", block["norm1"]),
+            f"{prefix}.attn.in_proj_weight": jnp.concatenate([x["kernel"].T for x in inputs]),
+            f"{prefix}.attn.in_proj_bias": jnp.concatenate([x["bias"] for x in inputs]),
+            **_dense(f"{prefix}.attn.out_proj", block["out"]),
+            **_norm(f"{prefix}.ln_2", block["norm2"]),
+            **_dense(f"{prefix}.mlp.c_fc", block["mlp1"]),
+            **_dense(f"{prefix}.mlp.c_proj", block["mlp2"]),
+        }
+    return named
+
+
+def export_model(
+    folder: pathlib.Path, model: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer
+) -> list[str]:
+    """Writes open_clip_config.json, open_clip_model.safetensors and, of a WordPiece, what `transformers` reads.
+
+    Returns what a user has to know about the result.
+
+    Raises:
+      ValueError: an architecture that open_clip cannot express, and why; a folder that holds such files already.
+    """
+    settings, notes = open_clip_settings(model, tokenizer)
+    weights = {name: np.asarray(value, np.float32) for name, value in _export_weights(model, params).items()}
+    broken = [name for name, value in weights.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"these weights hold values that are not finite: {', '.join(broken)}")
+    path = folder / "open_clip_model.safetensors"
+    if path.exists():
+        raise ValueError(f"{path} is there already; use another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if not isinstance(tokenizer, ClipTokenizer):
+        for name, content in _tokenizer_files(tokenizer, model.text.context_length).items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, path)
+    return notes
+
+
+def _export_weights(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's weights: what it has no name for is worked into others."""
+    image = dict(params["image"])
+    table = image["pos_embed"]
+    if model.image.positions == "sincos":
+        table = jnp.asarray(table).at[:, 0].set(0)  # cls gets none
+    if "patch_bias" in image:
+        table = jnp.asarray(table).at[:, 1:].add(image["patch_bias"])
+    image["pos_embed"] = table
+    if model.image.pool == "mean":
+        # The attentional pool's norm has eps 1e-5 whatever the settings say. LayerNorm of c x with it is LayerNorm of x
+        # with 1e-5 / c**2, so all that is written to the residual stream is multiplied by c.
+        c = math.sqrt(EPS / model.norm_eps)
+        blocks = dict(image["transformer"]["blocks"])
+        for name in ("out", "mlp2"):
+            blocks[name] = {leaf: c * value for leaf, value in blocks[name].items()}
+        image["transformer"] = {**image["transformer"], "blocks": blocks}
+        for name in ("patch_kernel", "cls", "pos_embed"):
+            image[name] = c * image[name]
+        if "pre_norm" in image:
+            image["pre_norm"] = {leaf: c * value for leaf, value in image["pre_norm"].items()}
+    scale = jnp.clip(params["logit_scale"], 0, math.log(MAX_SCALE))  # open_clip uses what is stored
+    named = to_open_clip({**params, "image": image, "logit_scale": scale})
+    if model.image.pool == "mean":
+        named |= _attentional_pool(
+            named.pop("visual.proj"), named.pop("visual.ln_post.weight"), named.pop("visual.ln_post.bias")
+        )
+        named["text_projection"] = jnp.pad(named["text_projection"], [(0, 0), (0, 1)])
+    return named
+
+
+def _attentional_pool(kernel_DxE: jax.Array, scale: jax.Array, bias: jax.Array) -> dict[str, Any]:
+    """Norm, mean over all tokens, and projection as one attention head that weighs all tokens alike.
+
+    open_clip normalises what was pooled by one more LayerNorm, which takes the mean away and divides. One more entry,
+    minus the sum of the others, makes the mean 0; the L2 norm undoes the division; and the final projection drops the
+    entry.
+    """
+    width, embed = kernel_DxE.shape
+    size = embed + 1
+    value = jnp.concatenate([kernel_DxE, -jnp.sum(kernel_DxE, axis=1, keepdims=True)], axis=1).T
+    zeros = {name: jnp.zeros((size, width)) for name in ("q", "k")} | {"q": jnp.zeros((size, size))}
+    inputs = {"q": zeros["q"], "k": zeros["k"], "v": value}
+    named = {f"attn.{name}_proj_weight": array for name, array in inputs.items()}
+    if width == size:  # torch's MultiheadAttention then holds the three as one
+        named = {"attn.in_proj_weight": jnp.concatenate(list(inputs.values()))}
+    named |= {
+        "query": jnp.zeros((1, size)),
+        "ln_q.weight": jnp.ones(size),
+        "ln_q.bias": jnp.zeros(size),
+        "ln_k.weight": scale,
+        "ln_k.bias": bias,
+        "attn.in_proj_bias": jnp.zeros(3 * size),
+        "attn.out_proj.weight": jnp.eye(size),
+        "attn.out_proj.bias": jnp.zeros(size),
+    }
+    return {f"visual.attn_pool.{name}": array for name, array in named.items()} | {
+        "visual.ln_post.weight": jnp.ones(size),
+        "visual.ln_post.bias": jnp.zeros(size),
+        "visual.proj": jnp.eye(size).at[-1, -1].set(0),
+    }
+
+
+def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    """What `transformers` reads of a WordPiece. What ours does in Python comes first, with lower case for folding."""
+    content = tokenizer.to_json()
+    before = [{"type": kind} for kind in ("NFKC", "Lowercase", "NFKC")]
+    content["normalizer"]["normalizers"] = before + content["normalizer"]["normalizers"]
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "model_max_length": length,
+    }
+    return {"tokenizer.json": content, "tokenizer_config.json": settings}
+
+
+def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; it must be open_clip's configuration of the model, JSON") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a group of settings, got {type(content).__name__}")
+    return content
+
+
+def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file as f32. The library checks that header and file belong together."""
+    arrays = {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in ("F32", "F16"):
+                    raise ValueError(f"{name} is of type {dtype}; only F32 and F16 are read")
+                arrays[name] = file.get_tensor(name).astype(np.float32)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    broken = [name for name, value in arrays.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{path} holds values that are not finite: {', '.join(broken)}")
+    return arrays

@@ -1,0 +1,315 @@
+"""TFRecord, Parquet, CSV and CLIP_benchmark's layout: what was written is read, damage is counted, resumption exact."""
+
+import csv
+import functools
+import http.server
+import io
+import itertools
+import json
+import struct
+import tarfile
+import threading
+
+import fsspec
+import pyarrow
+import pytest
+from helpers import SHARED, png, samples, write_tar
+from pyarrow import parquet
+from tensorflow_datasets.proto import tf_example_pb2
+
+from flip_jax.config import DataConfig
+from flip_jax.data import shards as shard_files
+from flip_jax.data import sources
+
+
+def crc32c(data):
+    """CRC-32C, a bit at a time, from its polynomial (RFC 3720, appendix B.4)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(data):
+    crc = crc32c(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
+
+
+def frame(data):
+    length = struct.pack("<Q", len(data))
+    return length + masked(length) + data + masked(data)
+
+
+def example(**features):
+    """A serialised tf.train.Example of bytes features."""
+    message = tf_example_pb2.Example()
+    for name, values in features.items():
+        message.features.feature[name].bytes_list.value.extend(values)
+    return message.SerializeToString()
+
+
+def pair(i):
+    return {"jpg": [png(i, (3, 3))], "caption": [f"picture {i}".encode()], "key": [b"%04d" % i]}
+
+
+def read(kind, path, offset=0, **data):
+    return list(sources.open_source(f"{kind}:{path}", DataConfig(**data)).read([(0, 0)], offset))
+
+
+def records(kind, path, **data):
+    source = sources.open_source(f"{kind}:{path}", DataConfig(**data))
+    return list(sources.in_order(source, iter(range(len(source)))))
+
+
+def summary(found):
+    return [(r["key"], r.get("texts"), r.get("bad")) for r in found]
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(shard_files, "RETRY_AFTER", (0.001, 0.001))
+
+
+def test_the_checksum_is_crc32c():
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of every catalogue
+    assert struct.pack("<I", shard_files._masked_crc32c(b"123456789")) == masked(b"123456789")
+
+
+def test_tfrecords_are_read_and_their_damage_counted(tmp_path):
+    path, frames = tmp_path / "0.tfrecord", [frame(example(**pair(i))) for i in range(8)]
+    frames[2] = frames[2][:-20] + b"\0" + frames[2][-19:]  # a byte of the data
+    frames[3] = frame(b"\xff\xff no example")
+    frames[4] = frame(example(**{**pair(4), "caption": [b"\xff\xfe"]}))
+    frames[5] = frame(example(caption=[b"no picture"]))
+    path.write_bytes(b"".join(frames))
+    starts = list(itertools.accumulate(map(len, frames), initial=0))
+    found = records("tfrecord", path)
+    assert summary(found) == [
+        ("0.tfrecord/0000", ["picture 0"], None),
+        ("0.tfrecord/0001", ["picture 1"], None),
+        (f"0.tfrecord/{starts[2]}", None, "bad checksum"),
+        (f"0.tfrecord/{starts[3]}", None, "not an Example"),
+        ("0.tfrecord/0004", None, "caption is not UTF-8"),
+        (f"0.tfrecord/{starts[5]}", None, "no image"),
+        ("0.tfrecord/0006", ["picture 6"], None),
+        ("0.tfrecord/0007", ["picture 7"], None),
+    ]
+    assert found[0]["image"] == pair(0)["jpg"][0]
+    whole = read("tfrecord", path)
+    assert [offset for _, offset in whole] == starts[1:]
+    for i, offset in enumerate(starts[1:]):
+        assert read("tfrecord", path, offset) == whole[i + 1 :]
+    content = path.read_bytes()
+    for damaged, kind in (
+        (content[: starts[6] + 5], "TFRecord cut short"),
+        (content[: starts[7] - 2], "TFRecord cut short"),
+        (content[: starts[6]] + b"\1" + content[starts[6] + 1 :], "shard damaged"),
+    ):
+        path.write_bytes(damaged)
+        assert summary(records("tfrecord", path))[6:] == [("0.tfrecord", None, kind)]
+
+
+def write_parquet(path, rows=150, **columns):
+    columns = columns or {
+        "caption": [None if i == 3 else f"picture {i}" for i in range(rows)],
+        "key": [f"{i:04}" for i in range(rows)],
+        "jpg": [None if i == 5 else png(i, (2, 2)) for i in range(rows)],
+        "other": list(range(rows)),
+    }
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=40)
+    return path
+
+
+def test_parquet_is_read_and_goes_on_from_every_row(tmp_path):
+    path = write_parquet(tmp_path / "0.parquet")
+    whole = read("parquet", path)
+    found = [record for record, _ in whole]
+    assert len(found) == 150 and [offset for _, offset in whole] == list(range(1, 151))
+    for i, record in enumerate(found):
+        if i == 5:
+            assert record["bad"] == "no image"
+        else:
+            assert record["key"] == f"0.parquet/{i:04}" and record["image"] == png(i, (2, 2))
+            assert record["texts"] == ([] if i == 3 else [f"picture {i}"])
+    for offset in (1, 39, 40, 41, 63, 64, 65, 104, 149, 150):
+        assert read("parquet", path, offset) == whole[offset:]
+
+
+def test_columns_are_named_by_the_settings(tmp_path, no_waiting):
+    columns = {"TEXT": ["a", "b"], "image": [{"bytes": b"1", "path": "x"}, {"bytes": b"2", "path": "y"}]}
+    path = write_parquet(tmp_path / "0.parquet", **columns)
+    assert summary(records("parquet", path)) == [("0.parquet", None, "missing column")]
+    found = records("parquet", path, captions=("none", "TEXT"))
+    assert [(r["key"], r["image"], r["texts"]) for r in found] == [
+        ("0.parquet/0", b"1", ["a"]),
+        ("0.parquet/1", b"2", ["b"]),
+    ]
+    several = write_parquet(tmp_path / "1.parquet", captions=[["a", " ", "b"], []], png=[b"1", b"2"])
+    assert [r["texts"] for r in records("parquet", several)] == [["a", "b"], []]
+    tar = write_tar(tmp_path / "0.tar", [("1.jpg", b"A"), ("1.json", b'{"title": ["x", "y"], "caption": "z"}')])
+    assert records("webdataset", tar, captions=("title",))[0]["texts"] == ["x", "y"]
+
+
+def test_a_damaged_parquet_is_one_bad_record(tmp_path, no_waiting):
+    path = write_parquet(tmp_path / "0.parquet")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert summary(records("parquet", path)) == [("0.parquet", None, "unreadable shard")]
+
+
+@pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
+def test_csv_names_pictures_by_path(tmp_path, suffix, delimiter):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "é 1.png").write_bytes(png(1))
+    (tmp_path / "2.png").write_bytes(png(2))
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / f"pairs.{suffix}"
+    rows = [
+        ["caption", "filepath", "more"],
+        ['with "quotes",\nand a line', f"{tmp_path}/pictures/é 1.png", "x"],
+        ["relative", "here.png", ""],
+        ["outside", "../2.png", ""],
+        ["not there", "nowhere.png", ""],
+        ["empty", f"{tmp_path}/empty.png", ""],
+        ["device", "/dev/zero", ""],
+        ["short row"],
+    ]
+    (tmp_path / "sub" / "here.png").write_bytes(png(3))
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter).writerows(rows)
+    path.write_bytes(b"\xef\xbb\xbf" + out.getvalue().encode() + b"bad \xff" + delimiter.encode() + b"here.png\n")
+    found = records("csv", path)
+    assert [(r.get("image"), r.get("texts"), r.get("bad")) for r in found] == [
+        (png(1), ['with "quotes",\nand a line'], None),
+        (png(3), ["relative"], None),
+        *[(None, None, "no image")] * 5,
+        (None, None, "caption is not UTF-8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, captions",
+    [
+        ('1.png,"left open', ["left open"]),
+        ('1.png,"closed" early', ["closed early"]),
+        ('1.png,"over\ntwo lines"', ["over\ntwo lines"]),
+        ('1.png,"' + "x" * 2**20 + 'x"', None),
+    ],
+)
+def test_a_quote_that_is_left_open_swallows_no_other_row(tmp_path, line, captions):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    path = tmp_path / "0.csv"
+    path.write_text(f'path,caption\n0.png,zero\n{line}\n2.png,"two"\n\n3.png,three\n')
+    found = records("csv", path)
+    texts = [[text.strip() for text in record["texts"]] if "texts" in record else None for record in found]
+    assert texts == [["zero"], captions, ["two"], ["three"]]
+    assert [record.get("bad") for record in found] == [None, None if captions else "no image", None, None]
+
+
+def test_a_csv_may_be_named_by_a_path_that_goes_up(tmp_path, monkeypatch):
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "0.csv").write_text("path,caption\n0.png,zero\n")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert [record.get("image") for record in records("csv", "../0.csv")] == [png(0)]
+
+
+def test_of_several_captions_the_first_that_holds_text_is_used(tmp_path):
+    json_text = b'{"caption": " ", "captions": [5, ""], "text": ["one", "two"]}'
+    path = write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.json", json_text), ("0.txt", b"last")])
+    assert [record["texts"] for record in records("webdataset", path)] == [["one", "two"]]
+
+
+def test_csv_without_the_columns_is_refused(tmp_path):
+    path = tmp_path / "0.csv"
+    path.write_text("url_of_picture,caption\na,b\n")
+    with pytest.raises(ValueError, match="0.csv needs a column filepath or path .* has url_of_picture, caption"):
+        records("csv", path)
+
+
+def test_clip_benchmarks_layout_names_classes_and_prompts(tmp_path):
+    (tmp_path / "test").mkdir()
+    write_tar(tmp_path / "test" / "0.tar", [("s1.jpg", b"A"), ("s1.cls", b"1")])
+    source = sources.open_source(f"webdataset:{tmp_path}/test/*.tar", DataConfig())
+    assert source.class_names is None and source.templates is None
+    (tmp_path / "classnames.txt").write_text("tench\nred fox\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\na bad photo of {c}.\n")
+    source = sources.open_source(f"webdataset:{tmp_path}/test/*.tar", DataConfig())
+    assert source.class_names == ["tench", "red fox"]
+    assert source.templates == ["a photo of {}.", "a bad photo of {}."]
+    assert next(sources.in_order(source, iter([0])))["label"] == 1
+
+
+def test_a_shard_that_vanishes_is_tried_again_then_counted_and_read_when_it_is_back(tmp_path, no_waiting):
+    path = write_tar(tmp_path / "0.tar", samples(3))
+    source = sources.open_source(f"webdataset:{path}", DataConfig())
+    content = open(path, "rb").read()
+    (tmp_path / "0.tar").unlink()
+    assert [r["bad"] for r, _ in source.read([(0, 0)])] == ["unreadable shard"]
+    (tmp_path / "0.tar").write_bytes(content)
+    assert [r["texts"] for r, _ in source.read([(0, 1)])] == [["picture 0"], ["picture 1"], ["picture 2"]]
+
+
+def test_a_read_that_fails_once_goes_on_where_it_stopped(tmp_path, no_waiting, monkeypatch):
+    path, opened = write_tar(tmp_path / "0.tar", samples(5)), []
+
+    class Flaky(io.FileIO):
+        def read(self, size=-1):
+            if self.tell() > 5000 and len(opened) == 1:
+                raise OSError("connection lost")
+            return super().read(size)
+
+    monkeypatch.setattr(shard_files.paths, "open_file", lambda path: opened.append(path) or Flaky(path))
+    whole = read("webdataset", path)
+    assert len(opened) == 2 and [r["texts"] for r, _ in whole] == [[f"picture {i}"] for i in range(5)]
+
+
+def test_shards_of_a_remote_store(tmp_path, no_waiting):
+    content = open(write_tar(tmp_path / "0.tar", samples(4)), "rb").read()
+    with fsspec.open("memory://bucket/0.tar", "wb") as file:
+        file.write(content)
+    for pattern in ("memory://bucket/{0..0}.tar", "memory://bucket/*.tar"):
+        assert [r["texts"] for r in records("webdataset", pattern)] == [[f"picture {i}"] for i in range(4)]
+    both = summary(records("webdataset", "memory://bucket/{0..1}.tar"))
+    assert len(both) == 5 and both[4] == ("1.tar", None, "unreadable shard")
+    with pytest.raises(ValueError, match="1 of 1 shards are not there"):
+        records("webdataset", "memory://nowhere/*.tar")
+    with pytest.raises(ValueError, match="cannot be listed"):
+        records("webdataset", "nonesuch://bucket/0.tar")
+
+
+def test_shards_over_http(tmp_path):
+    pytest.importorskip("aiohttp")  # what fsspec reads http with
+    content = open(write_tar(tmp_path / "0.tar", samples(4)), "rb").read()
+    assert content
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        found = records("webdataset", f"http://127.0.0.1:{server.server_port}/{{0..0}}.tar")
+        assert [r["texts"] for r in found] == [[f"picture {i}"] for i in range(4)]
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "parquet"])
+def test_what_img2dataset_wrote_is_read_completely(kind):
+    folder = SHARED / "data" / "img2dataset"
+    if not folder.is_dir():
+        pytest.skip("the shards of img2dataset are not here")
+    stats = json.loads((folder / kind / "00000_stats.json").read_text())
+    found = records(kind, folder / kind / f"00000.{kind}")
+    good = {record["key"]: record for record in found if "bad" not in record}
+    assert len(good) == stats["successes"]
+    # The sidecar lists keys and captions of all three kinds.
+    rows = parquet.read_table(folder / kind / "00000.parquet", columns=["key", "caption", "status"]).to_pylist()
+    truth = {f"00000.{kind}/{row['key']}": row["caption"] for row in rows if row["status"] == "success"}
+    assert {key: record["texts"] for key, record in good.items()} == {k: [v] if v else [] for k, v in truth.items()}
+    assert all(record["image"].startswith(b"\xff\xd8") for record in good.values())
+    with tarfile.open(folder / "webdataset" / "00000.tar") as tar:
+        pictures = {tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")}
+    assert pictures & {record["image"] for record in good.values()}

@@ -1,0 +1,213 @@
+"""open_clip models both ways: a recorded one, and ours evaluated as open_clip would."""
+
+import copy
+import dataclasses
+import json
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_towers
+import pytest
+from flax import nnx
+from helpers import REPO
+from safetensors.numpy import load_file, save_file
+
+import flip_jax
+from flip_jax import config_check, optim
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.models import vit
+from flip_jax.models.flip import FLIP
+from flip_jax.tools import convert
+from flip_jax.tools.compat import official, open_clip, open_clip_settings
+
+FIXTURES = REPO / "tests" / "fixtures"
+WEIGHTS, SETTINGS = FIXTURES / "open_clip_model.safetensors", FIXTURES / "open_clip_config.json"
+BYTE_PAIRS = FIXTURES / "clip_bpe.txt"
+CONTENT = json.loads(SETTINGS.read_text())
+WORD_PIECE = {"[PAD]": 0, "[UNK]": 1, "a": 2, "fox": 3}
+
+
+def noisy(settings, seed=0):
+    """A model none of whose parameters is at a special value, and its parameters."""
+    rng = np.random.default_rng(seed)
+    abstract = official.abstract_params(settings)
+    params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32), abstract)
+    params["image"]["pos_embed"] += vit.sincos_2d(4, settings.image.width)
+    return nnx.merge(nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))[0], params), params
+
+
+def test_the_numpy_towers_are_open_clips():
+    recorded, weights = np.load(FIXTURES / "open_clip_outputs.npz"), load_file(WEIGHTS)
+    np.testing.assert_allclose(
+        numpy_towers.embed_image(CONTENT, weights, recorded["image"]), recorded["z_image"], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        numpy_towers.embed_text(CONTENT, weights, recorded["text"]), recorded["z_text"], atol=1e-6
+    )
+
+
+def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_as_it_was(tmp_path, monkeypatch, capsys):
+    recorded = np.load(FIXTURES / "open_clip_outputs.npz")
+    flags = {"_OPEN_CLIP_CONFIG": SETTINGS, "_VOCAB": BYTE_PAIRS}
+    for name, value in flags.items():
+        monkeypatch.setattr(convert, name, type("Flag", (), {"value": str(value)}))
+    convert.main(["", "open-clip-import", str(WEIGHTS), str(tmp_path / "ours")])
+    assert f"converted from the open_clip model {WEIGHTS}" in (tmp_path / "ours" / "README.md").read_text()
+    encoder = flip_jax.load(tmp_path / "ours")
+    np.testing.assert_allclose(encoder.encode_image(recorded["image"]), recorded["z_image"], atol=1e-5)
+    model = nnx.merge(nnx.split(nnx.eval_shape(lambda: FLIP(encoder.config.model, nnx.Rngs(0))))[0], encoder.params)
+    np.testing.assert_allclose(model.encode_text(jnp.asarray(recorded["text"])), recorded["z_text"], atol=1e-5)
+    tokens = encoder.tokenizer(["the sting"], 12)
+    np.testing.assert_allclose(
+        encoder.encode_text(["the sting"]), numpy_towers.embed_text(CONTENT, load_file(WEIGHTS), tokens), atol=1e-5
+    )
+
+    convert.main(["", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")])
+    assert "these 914: give it token ids" in capsys.readouterr().out
+    assert json.loads((tmp_path / "theirs" / "card.json").read_text())["library"] == "open_clip"
+    before, after = load_file(WEIGHTS), load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    exported = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())
+    assert exported["model_cfg"].items() >= {k: v for k, v in CONTENT["model_cfg"].items() if "cfg" not in k}.items()
+    for tower in ("vision_cfg", "text_cfg"):
+        assert exported["model_cfg"][tower].items() >= CONTENT["model_cfg"][tower].items()
+    assert open_clip_settings.model_settings(exported, "") == encoder.config.model
+    with pytest.raises(SystemExit, match="is there already; use another folder"):
+        convert.main(["", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")])
+
+
+MIXED = {"image_pool": "patches", "image_pre_norm": True, "image_positions": "learned", "loss": "sigmoid"}
+
+
+@pytest.mark.parametrize("changes", [{}, MIXED | {"activation": "gelu", "image_pixel_stats": "inception"}])
+def test_flip_itself_is_exported_exactly(tmp_path, changes):
+    """The official options: cls pooled with the rest, a bias of patches, eps 1e-6, first-token text, WordPiece."""
+    settings = helpers.model_with(**changes)
+    model, params = noisy(settings)
+    open_clip.export_model(tmp_path / "out", settings, params, Tokenizer(WORD_PIECE))
+    content = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    weights = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    image, text = helpers.batch(4)
+    theirs = numpy_towers.embed_image(content, weights, image)
+    np.testing.assert_allclose(theirs[:, : settings.embed_dim], model.encode_image(image), atol=1e-5)
+    assert not np.any(np.round(theirs[:, settings.embed_dim :], 12))
+    theirs = numpy_towers.embed_text(content, weights, text)
+    np.testing.assert_allclose(theirs[:, : settings.embed_dim], model.encode_text(text), atol=1e-5)
+    assert content["model_cfg"]["embed_dim"] == weights["text_projection"].shape[1] == weights["visual.proj"].shape[1]
+    pieces = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert pieces["model"]["vocab"] == WORD_PIECE
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"text_pool": "mean"}, "never their mean"),
+        ({"text_mask_padding": True}, "no padding mask"),
+        ({"text_pool": "last", "text_causal": True}, "by its number"),
+    ],
+)
+def test_what_open_clip_cannot_express_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        open_clip_settings.open_clip_settings(helpers.model_with(**changes), Tokenizer(WORD_PIECE))
+
+
+@pytest.mark.parametrize(
+    "group, key, value, reason",
+    [
+        ("vision_cfg", "layers", [3, 4, 6, 3], "one integer"),
+        ("vision_cfg", "timm_model_name", "vit_base", "only None can"),
+        ("vision_cfg", "mlp_ratio", 4.3637, "only 4.0 can"),
+        ("vision_cfg", "attentional_pool", True, "only False can"),
+        ("vision_cfg", "pool_type", "none", "only 'tok' and 'avg' can"),
+        ("vision_cfg", "norm_kwargs", {"eps": 1e-6}, "the same in both"),
+        ("vision_cfg", "act_kwargs", {"approximate": "tanh"}, "'approximate' of GELU"),
+        ("vision_cfg", "width", "wide", "open_clip.json"),
+        ("vision_cfg", "new", 1, "it is unknown"),
+        ("text_cfg", "pool_type", "last", "only 'argmax'"),
+        ("text_cfg", "hf_model_name", "roberta-base", "only None can"),
+        ("text_cfg", "hf_tokenizer_name", "bert", "only None can"),
+        ("text_cfg", "embed_cls", True, "only False can"),
+        (None, "multimodal_cfg", {}, "it is unknown"),
+        (None, "vision_cfg", 3, "must be a group of settings"),
+    ],
+)
+def test_what_ours_cannot_express_is_refused(group, key, value, reason):
+    content = copy.deepcopy(CONTENT)
+    (content["model_cfg"][group] if group else content["model_cfg"])[key] = value
+    with pytest.raises(ValueError, match=reason):
+        open_clip_settings.model_settings(content, "open_clip.json")
+
+
+@pytest.mark.parametrize("pictures", [{"mean": [0, 0, 0]}, {"resize_mode": "squash"}, {"interpolation": "nearest"}])
+def test_pictures_prepared_in_another_way_are_refused(pictures):
+    with pytest.raises(ValueError, match="preprocess_cfg .* cannot be expressed"):
+        open_clip_settings.model_settings(CONTENT | {"preprocess_cfg": pictures}, "open_clip.json")
+
+
+def test_weights_of_another_model_are_refused_with_both_sides(tmp_path):
+    weights = load_file(WEIGHTS)
+    del weights["visual.proj"]
+    weights["ln_final.bias"], weights["more"] = np.zeros(17, np.float32), np.zeros(1, np.float32)
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError) as refused:
+        open_clip.import_model(tmp_path / "x.safetensors", SETTINGS)
+    for line in (
+        "visual.proj: file absent, settings (32, 24)",
+        "ln_final.bias: file (17,), settings (16,)",
+        "more: file (1,), settings absent",
+    ):
+        assert line in str(refused.value)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    whole = WEIGHTS.read_bytes()
+    for content in (b"", whole[:-1], b"\xff" * 8 + whole[8:], whole[:100]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.safetensors: "):
+            open_clip.import_model(path, SETTINGS)
+    with pytest.raises(ValueError, match="absent.safetensors: "):
+        open_clip.import_model(tmp_path / "absent.safetensors", SETTINGS)
+    weights = load_file(WEIGHTS)
+    for value, reason in (
+        (np.float32(np.nan), "not finite: logit_scale"),
+        (np.float64(1), "logit_scale is of type F64"),
+    ):
+        save_file(weights | {"logit_scale": np.array(value)}, path)
+        with pytest.raises(ValueError, match=reason):
+            open_clip.import_model(path, SETTINGS)
+    for content in (b"{", b"[]", b"\xff", b"[" * 100_000):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.json"):
+            open_clip.import_model(WEIGHTS, tmp_path / "x.json")
+
+
+def test_learned_positions_are_trained_resized_and_not_decayed():
+    settings = helpers.model_with(image_positions="learned", image_pre_norm=True, text_causal=True, text_pool="last")
+    model, params = noisy(settings)
+    graphdef = nnx.split(model)[0]
+    image, text = helpers.batch(2)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return jnp.sum(model.encode_image(image) ** 3) + jnp.sum(model.encode_text(text) ** 3)
+
+    by_position = jax.jit(jax.grad(loss))(params)["image"]["pos_embed"]
+    assert np.all(np.any(by_position != 0, axis=2))
+    decayed = optim.decay_mask(params)["image"]
+    assert not (decayed["pos_embed"] or decayed["pre_norm"]["scale"] or decayed["pre_norm"]["bias"])
+    larger = dataclasses.replace(settings.image, image_size=64)
+    resized = vit.resize_weight(larger, "pos_embed", params["image"]["pos_embed"])
+    assert resized.shape == (1, 65, 32)
+    np.testing.assert_array_equal(resized[0, 0], params["image"]["pos_embed"][0, 0])
+    np.testing.assert_allclose(resized[0, 1:].mean(0), params["image"]["pos_embed"][0, 1:].mean(0), atol=0.02)
+
+
+@pytest.mark.parametrize("text", [{"pool": "first"}, {"pool": "last", "mask_padding": True}])
+def test_causal_attention_needs_a_pool_that_sees(text):
+    with pytest.raises(ValueError, match="text.causal: no token sees the padding behind it"):
+        config_check.from_config_dict({"model": {"text": {"causal": True} | text}})

@@ -1,0 +1,223 @@
+"""Rows of an index against direct encoding; the same bytes however often it was killed, and in how many processes."""
+
+import itertools
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import WORDS, command, embedded_rows, make_encoder, png, save, write_embeddings, write_tar
+from pyarrow import parquet
+
+from flip_jax.config import DataConfig
+from flip_jax.data import transforms
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.tools import embed
+
+
+def digest(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_are_the_embeddings_of_the_pictures_in_order(encoder, source, tmp_path):
+    index = write_embeddings(encoder, source, tmp_path)
+    good = [i for i in range(45) if i not in (8, 20, 36)]
+    found = embedded_rows(tmp_path)
+    shard = ["0.tar"] * 7 + ["1.tar"] * 30 + ["2.tar"] * 8
+    assert [row["key"] for row in found] == [f"{shard[i]}/{i:05}" for i in good]
+    assert [row["texts"] for row in found] == [[f"picture {i}"] for i in good]
+    pictures = np.stack([transforms.decode(png(i), 32, DataConfig()) for i in good])
+    truth = np.asarray(encoder.encode_image(pictures))
+    np.testing.assert_allclose(np.stack([row["embedding"] for row in found]), truth, atol=1e-6)
+    # The first and the last shard fit in a part each; the second takes three.
+    names = ["part-000000-0000", *(f"part-000001-000{i}" for i in range(3)), "part-000002-0000"]
+    assert index["parts"] == dict(zip(names, (7, 9, 9, 9, 8), strict=True))
+    assert (index["rows"], index["read"]) == (42, 45)
+    assert index["bad"] == {"image does not decode": 1, "no image": 2}
+    named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in named] == ["1.tar/00008", "1.tar/00020", "1.tar/00036"]
+    assert json.loads((tmp_path / "index.json").read_text()) == index
+
+
+def test_every_row_says_where_its_record_is(encoder, source, tmp_path):
+    write_embeddings(encoder, source, tmp_path)
+    opened = embed.open_source(source, DataConfig(), False)
+    for row in embedded_rows(tmp_path)[::5]:
+        record, _ = next(opened.read([(row["item"], 0)], row["offset"]))
+        assert record["key"] == row["key"] and record["texts"] == row["texts"]
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("npy", "float32"), ("npy", "float16"), ("parquet", "float16")])
+def test_other_formats_hold_the_same(encoder, source, tmp_path, form, dtype):
+    write_embeddings(encoder, source, tmp_path / "a")
+    write_embeddings(encoder, source, tmp_path / "b", format=form, dtype=dtype)
+    ours, truth = embedded_rows(tmp_path / "b"), embedded_rows(tmp_path / "a")
+    for row, true in zip(ours, truth, strict=True):
+        np.testing.assert_array_equal(np.array(row.pop("embedding"), dtype), np.array(true.pop("embedding"), dtype))
+        assert row == true
+    if form == "npy":
+        assert np.load(tmp_path / "b" / "part-000001-0001.npy").dtype == dtype
+    else:
+        kind = parquet.read_schema(tmp_path / "b" / "part-000001-0001.parquet").field("embedding").type
+        assert kind.value_type == pa.float16() and kind.list_size == 16
+
+
+def test_captions_of_a_source_and_lines_of_a_file(encoder, source, tmp_path):
+    write_embeddings(encoder, source, tmp_path / "a", texts=True)
+    found = embedded_rows(tmp_path / "a")
+    assert len(found) == 43  # a picture that does not decode has a caption all the same
+    truth = encoder.encode_text([row["texts"][0] for row in found])
+    np.testing.assert_allclose(np.stack([row["embedding"] for row in found]), truth, atol=1e-6)
+    lines = [f"a red {i}" for i in range(23)]
+    lines[4], lines[11] = " ", "\udcff"
+    (tmp_path / "lines.txt").write_bytes("\n".join(lines).encode(errors="surrogateescape") + b"\n")
+    index = write_embeddings(encoder, str(tmp_path / "lines.txt"), tmp_path / "b", texts=True)
+    assert index["bad"] == {"no text": 1, "not UTF-8": 1} and list(index["parts"].values()) == [9, 9, 3]
+    found = embedded_rows(tmp_path / "b")
+    assert [row["key"] for row in found] == [str(i + 1) for i in range(23) if i not in (4, 11)]
+    assert [row["texts"] for row in found] == [[lines[int(row["key"]) - 1]] for row in found]
+
+
+def test_every_caption_of_a_picture_is_a_row(encoder, tmp_path):
+    captions = [json.dumps({"caption": [f"a {i}", f"red {i}"]}).encode() for i in range(9)]
+    write_tar(
+        tmp_path / "0.tar", itertools.chain(*(((f"{i}.png", png(i)), (f"{i}.json", c)) for i, c in enumerate(captions)))
+    )
+    index = write_embeddings(encoder, f"webdataset:{tmp_path}/0.tar", tmp_path / "out", texts=True)
+    assert (index["rows"], index["read"]) == (18, 9)
+    assert [row["texts"] for row in embedded_rows(tmp_path / "out")[6:8]] == [["a 3"], ["red 3"]]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(encoder, source, tmp_path, monkeypatch, form):
+    write_embeddings(encoder, source, tmp_path / "whole", format=form)
+    truth, replace, kills = digest(tmp_path / "whole"), os.replace, 0
+    for late, kill_at in itertools.product((False, True), range(len(truth) + 1)):
+        out, calls = tmp_path / f"{kill_at}{late}", itertools.count()
+
+        def killable(a, b, kill_at=kill_at, late=late, calls=calls):
+            now = next(calls)
+            if now == kill_at and not late:
+                raise Killed
+            replace(a, b)
+            if now == kill_at:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killable)
+            try:
+                write_embeddings(encoder, source, out, format=form)
+            except Killed:
+                kills += 1
+        kept = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
+        write_embeddings(encoder, source, out, format=form)
+        assert digest(out) == truth
+        whole = [name for name in kept if name.replace(".npy", ".parquet") in kept]
+        assert all((out / name).stat().st_mtime_ns == kept[name] for name in whole)
+    assert kills == 2 * (len(truth) + 1)  # index.json is written twice
+
+
+def test_nothing_that_is_there_is_decoded_again(encoder, source, tmp_path, monkeypatch):
+    write_embeddings(encoder, source, tmp_path, format="npy")
+    truth = digest(tmp_path)
+    (tmp_path / "part-000001-0002.npy").unlink()
+    decoded, decode = [], transforms.decode
+    monkeypatch.setattr(transforms, "decode", lambda data, *rest: decoded.append(1) or decode(data, *rest))
+    write_embeddings(encoder, source, tmp_path, format="npy")
+    assert digest(tmp_path) == truth and len(decoded) == 9  # one of the ten has no picture at all
+
+
+def test_any_number_of_processes_writes_the_same(encoder, source, tmp_path):
+    write_embeddings(encoder, source, tmp_path / "one")
+    write_embeddings(encoder, source, tmp_path / "two", processes=2)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+def test_eight_devices_give_the_same_embeddings(encoder, source, tmp_path):
+    write_embeddings(encoder, source, tmp_path / "one")
+    write_embeddings(make_encoder(8), source, tmp_path / "eight")
+    one, eight = (np.stack([row["embedding"] for row in embedded_rows(tmp_path / name)]) for name in ("one", "eight"))
+    np.testing.assert_allclose(eight, one, atol=1e-6)
+
+
+def test_sources_without_shards_are_split_by_records(encoder, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    lines = ["filepath,title"]
+    for i in range(23):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(png(i))
+        lines.append(f"pictures/{i}.png,picture {i}")
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    index = write_embeddings(encoder, f"csv:{tmp_path}/a.csv", tmp_path / "out", processes=2)
+    assert index["parts"] == {"part-000000-0000": 10, "part-000001-0000": 10, "part-000002-0000": 3}
+    found = embedded_rows(tmp_path / "out")
+    assert [row["texts"] for row in found] == [[f"picture {i}"] for i in range(23)]
+    assert [row["item"] for row in found] == list(range(23))
+
+
+def test_the_identity_of_a_model_is_its_weights_settings_and_tokenizer(encoder):
+    ours = embed.identity(encoder)
+    assert embed.identity(make_encoder(8)) == ours
+    assert embed.identity(make_encoder(seed=1))["weights_hash"] != ours["weights_hash"]
+    other = make_encoder()
+    other.tokenizer = Tokenizer({word: i for i, word in enumerate((*WORDS, "more"))})
+    assert embed.identity(other)["config_hash"] != ours["config_hash"]
+
+
+def test_what_does_not_fit_is_refused(encoder, source, tmp_path):
+    write_embeddings(encoder, source, tmp_path / "out")
+    with pytest.raises(ValueError, match="was begun with rows_per_part 10, not 5 .*use another folder"):
+        write_embeddings(encoder, source, tmp_path / "out", rows_per_part=5)
+    with pytest.raises(ValueError, match="was begun with weights_hash"):
+        write_embeddings(make_encoder(seed=1), source, tmp_path / "out")
+    with pytest.raises(ValueError, match="was begun with source"):
+        write_embeddings(encoder, source.replace("{0..2}", "[0-2]"), tmp_path / "out")
+    with pytest.raises(ValueError, match="is not empty, and was not begun by this tool"):
+        write_embeddings(encoder, source, tmp_path)
+    with pytest.raises(ValueError, match='must be "KIND:REST"'):
+        write_embeddings(encoder, "nothing", tmp_path / "x")
+    with pytest.raises(ValueError, match="or a text file, with one text a line"):
+        write_embeddings(encoder, "nothing", tmp_path / "x", texts=True)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="empty.txt' is empty"):
+        write_embeddings(encoder, str(tmp_path / "empty.txt"), tmp_path / "x", texts=True)
+    (tmp_path / "blank.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="none of the 2 records of .* can be used: {'no text': 2}"):
+        write_embeddings(encoder, str(tmp_path / "blank.txt"), tmp_path / "y", texts=True)
+    broken = make_encoder()
+    broken.params = jax.tree.map(lambda x: x * np.nan, broken.params)
+    with pytest.raises(ValueError, match="part-000000-0000: the model gives embeddings that are not finite"):
+        write_embeddings(broken, source, tmp_path / "z")
+    part = tmp_path / "out" / "part-000001-0000.parquet"
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="part-000001-0000.parquet is damaged: delete it, and run"):
+        write_embeddings(encoder, source, tmp_path / "out")
+    part.unlink()
+    write_embeddings(encoder, source, tmp_path / "out")
+    assert len(embedded_rows(tmp_path / "out")) == 42
+
+
+def test_the_command(encoder, source, tmp_path):
+    save(encoder, tmp_path / "model")
+    options = {"model": str(tmp_path / "model"), "source": source, "rows": "10", "batch_size": "8"}
+    first = command("embed", out=str(tmp_path / "a"), num_processes="2", process_id="1", **options)
+    assert first.returncode == 0 and "the share of process 1 is done" in first.stdout, first.stderr
+    done = command("embed", out=str(tmp_path / "a"), **options)
+    assert "42 images of 45 records in 5 parts" in done.stdout and "bad: 2 no image" in done.stdout, done.stderr
+    assert "holds 1 of 3" in done.stdout and "records/s" in done.stderr
+    write_embeddings(encoder, source, tmp_path / "b")
+    for name in ("index.json", "bad.jsonl"):
+        a, b = ((tmp_path / folder / name).read_text() for folder in "ab")
+        assert a.replace(str(tmp_path / "model"), "a model") == b
+    a, b = (np.stack([row["embedding"] for row in embedded_rows(tmp_path / folder)]) for folder in "ab")
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    shutil.rmtree(tmp_path / "model" / "state")
+    refused = command("embed", out=str(tmp_path / "c"), **options)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: ")
+    assert "holds no checkpoint" in refused.stderr and "Traceback" not in refused.stderr

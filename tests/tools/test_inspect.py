@@ -1,0 +1,100 @@
+"""What the tool counts, against sources whose content is known."""
+
+import random
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers import png, samples, write_tar
+from PIL import Image
+
+from flip_jax.config import DataConfig
+from flip_jax.data import sources
+from flip_jax.tools import inspect as inspect_tool
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Two tars with 44 records, of which 4 are bad in 3 ways; pictures of 12 x 10 pixels but one, seven classes."""
+    members = [list(samples(1, i)) for i in range(40)]
+    members[3][0] = (members[3][0][0], b"<html>not a picture</html>")
+    members[4][0] = (members[4][0][0], png(4)[:60])
+    members[5] = members[5][1:]
+    members[6] = members[6][:1]
+    members[7] = members[7][::2]  # a class, but no caption
+    members[8][0] = (members[8][0][0], png(8, size=(30, 50)))
+    members[9][1] = (members[9][1][0], "$x^2 \u0007 \u4e00".encode() + b"y" * 992)
+    write_tar(tmp_path / "0.tar", [member for sample in members for member in sample])
+    write_tar(tmp_path / "1.tar", samples(4, start=40))
+    return f"webdataset:{tmp_path}/{{0..1}}.tar"
+
+
+def inspect(source, **arguments):
+    return inspect_tool.inspect(sources.open_source(source, DataConfig()), DataConfig(), **arguments)
+
+
+def test_everything_is_counted(damaged):
+    summary = inspect(damaged)
+    assert (summary.read, summary.usable) == (44, 40)
+    assert summary.bad == {"image does not decode": 2, "no image": 1, "no text": 1}
+    assert summary.examples == {
+        "image does not decode": "0.tar/00003",
+        "no image": "0.tar/00005",
+        "no text": "0.tar/00006",
+    }
+    assert summary.formats == {"PNG": 40} and summary.labelled == 40
+    assert summary.counts["width (pixels)"] == {10: 39, 50: 1}
+    assert summary.counts["height (pixels)"] == {12: 39, 30: 1}
+    usable = [i for i in range(44) if i not in (3, 4, 5, 6)]
+    assert summary.counts["bytes"] == Counter(len(png(8, (30, 50)) if i == 8 else png(i)) for i in usable)
+    lengths = [len(f"picture {i}") for i in usable if i not in (7, 9)] + [1000]
+    assert summary.counts["caption length"] == Counter(lengths)
+    text = str(summary)
+    assert "44 records read: 40 usable, 4 bad" in text and "2 image does not decode, first 0.tar/00003" in text
+    assert "512 to 1023 characters         1" in text
+
+
+def test_only_the_first_records_are_read(damaged):
+    for limit in (1, 5, 41):
+        assert inspect(damaged, limit=limit).read == limit
+    assert inspect(damaged, limit=5).bad == {"image does not decode": 2}
+
+
+def test_quantiles_are_values_that_came():
+    values = [random.Random(0).randrange(1000) for _ in range(501)]
+    expected = np.quantile(values, inspect_tool.QUANTILES, method="inverted_cdf")
+    assert inspect_tool.quantiles(Counter(values)) == expected.tolist()
+    assert inspect_tool.quantiles(Counter([5])) == [5] * 7
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["inspect_data", *map(str, arguments)])
+    inspect_tool.main()
+
+
+def test_the_tool_prints_and_draws(damaged, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, damaged, f"--out={tmp_path}/new")
+    found = capsys.readouterr()
+    assert "44 records read" in found.out and "records/s" in found.out
+    assert "44/44" in found.err and "records/s" in found.err  # the progress bar
+    with Image.open(tmp_path / "new" / "inspection.png") as image:
+        assert image.size == (1200, 1200)
+        pixels = np.asarray(image.convert("L"))
+    assert all(pixels[i : i + 200].std() > 10 for i in range(0, 1200, 200))
+
+
+def test_sources_without_usable_records_are_drawn_too(tmp_path, monkeypatch, capsys):
+    write_tar(tmp_path / "0.tar", [("1.txt", b"x")])
+    run(monkeypatch, f"webdataset:{tmp_path}/0.tar", f"--out={tmp_path}")
+    assert "1 records read: 0 usable, 1 bad" in capsys.readouterr().out
+    assert (tmp_path / "inspection.png").stat().st_size > 1000
+
+
+def test_bad_arguments_are_one_line(tmp_path, monkeypatch, capsys):
+    for source in ("nothing:x", "x", f"webdataset:{tmp_path}/none.tar"):
+        with pytest.raises(SystemExit, match=f"^error: SOURCE .*{source}"):
+            run(monkeypatch, source)
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "webdataset:x", "--limit=0")
+    assert "invalid positive value: '0'" in capsys.readouterr().err

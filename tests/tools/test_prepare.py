@@ -1,0 +1,242 @@
+"""Shards that hold what the source held, evenly and shuffled, and the same bytes however often the tool was killed."""
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers import REPO, png, samples, write_tar
+from PIL import Image
+
+from flip_jax.config import DataConfig
+from flip_jax.data import sources, transforms
+from flip_jax.tools import prepare as prepare_tool
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Three tars of 15 samples; 3 of the 45 cannot be used."""
+    members = [list(samples(1, i)) for i in range(45)]
+    members[3][0] = (members[3][0][0], b"no picture")
+    members[20] = members[20][1:]
+    members[21] = members[21][:1]
+    members[30] = members[30][::2]  # a class, but no caption
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", itertools.chain(*members[15 * i : 15 * i + 15]))
+    return f"webdataset:{tmp_path}/{{0..2}}.tar"
+
+
+@pytest.fixture(autouse=True)
+def save_often(monkeypatch):
+    monkeypatch.setattr(prepare, "HELD", 4000)
+
+
+def prepare(source, out, shards=4, shortest_side=None, seed=0):
+    settings = {"source": source, "shards": shards, "shortest_side": shortest_side, "seed": seed}
+    return prepare_tool.prepare(sources.open_source(source, DataConfig()), DataConfig(), out, settings)
+
+
+def contents(folder):
+    """{name: bytes} of each tar of a folder, read by the standard library."""
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found.append({member.name: tar.extractfile(member).read() for member in tar})
+    return found
+
+
+def digest(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+
+
+def test_every_usable_record_is_in_one_shard_as_it_was(source, tmp_path):
+    done = prepare(source, tmp_path / "out")
+    assert (done.read, done.written) == (45, 42)
+    assert done.bad == {"image does not decode": 1, "no image": 1, "no text": 1}
+    shards = contents(tmp_path / "out")
+    everything = {name: data for shard in shards for name, data in shard.items()}
+    assert len(everything) == sum(map(len, shards))
+    truth = {}
+    for i in sorted(set(range(45)) - {3, 20, 21}):
+        truth |= {name.replace(f"{i:05}", f"{i:010}"): data for name, data in samples(1, i)}
+    del truth["0000000030.txt"]
+    assert everything == truth
+    assert sorted(len({name[:10] for name in shard}) for shard in shards) == [10, 10, 11, 11]
+
+
+def test_readers_find_the_same_records(source, tmp_path):
+    def records(source):
+        source = sources.open_source(source, DataConfig())
+        found = sources.in_order(source, iter(range(len(source))))
+        return Counter((r["image"], *r["texts"], r["label"]) for r in found if "bad" not in r)
+
+    prepare(source, tmp_path / "out")
+    written, read = records(f"webdataset:{tmp_path}/out/*.tar"), records(source)
+    assert written.total() == 42 and written <= read
+
+
+def test_the_order_is_random_and_follows_from_the_seed(tmp_path):
+    write_tar(tmp_path / "0.tar", samples(400))
+    orders = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare(f"webdataset:{tmp_path}/0.tar", tmp_path / name, shards=4, seed=seed)
+        orders[name] = [[int(n[:10]) for n in shard if n.endswith("png")] for shard in contents(tmp_path / name)]
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert orders["a"] != orders["c"]
+    for shard in orders["a"]:
+        assert len(shard) == 100 and abs(np.corrcoef(shard, range(100))[0, 1]) < 0.3
+    # Of four records that follow one another, each goes to another shard, and not always to the same one.
+    place = {number: i for i, shard in enumerate(orders["a"]) for number in shard}
+    dealt = Counter(tuple(place[4 * block + i] for i in range(4)) for block in range(100))
+    assert all(len(set(order)) == 4 for order in dealt) and len(dealt) > 15
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(source, tmp_path, monkeypatch):
+    prepare(source, tmp_path / "whole")
+    truth = digest(tmp_path / "whole")
+    points = itertools.count()
+    real = {(os, "replace"): os.replace, (prepare, "members"): prepare_tool.members}
+
+    def killable(call, kill_at, late):
+        def function(*arguments):
+            now = next(points)
+            if now == kill_at and not late:
+                raise Killed
+            result = call(*arguments)
+            if now == kill_at:
+                raise Killed
+            return result
+
+        return function
+
+    kills = resumed = 0
+    for (owner, name), late in itertools.product(real, (False, True)):
+        for kill_at in range(0, 60, 7 if name == "members" else 1):
+            out, points = tmp_path / f"{name}{late}{kill_at}", itertools.count()
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, killable(real[owner, name], kill_at, late))
+                try:
+                    prepare(source, out)
+                except Killed:
+                    kills += 1
+            saved = out / "progress.json"
+            resumed += saved.exists() and json.loads(saved.read_text())["items"] > 0
+            done = prepare(source, out)
+            assert (done.read, done.written, done.bad.total()) == (45, 42, 3)
+            assert digest(out) == truth
+            if next(points) <= kill_at:
+                break
+    assert kills > 20 and resumed > 10
+
+
+def test_a_process_that_is_killed_goes_on(source, tmp_path):
+    prepare(source, tmp_path / "whole")
+    program = (
+        "import sys, os, signal; from flip_jax import prepare_data; prepare_data.HELD = 4000\n"
+        "real = prepare_data.shuffle\n"
+        "def shuffle(part, path, seed):\n"
+        "    real(part, path, seed)\n"
+        "    if '00002' in str(part): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "prepare_data.shuffle = shuffle if sys.argv.pop() == 'kill' else real\n"
+        "prepare_data.main()"
+    )
+    command = [sys.executable, "-c", program, source, str(tmp_path / "out"), "--shards=4"]
+    assert subprocess.run([*command, "kill"], capture_output=True, cwd=REPO).returncode == -9
+    kept = os.stat(tmp_path / "out" / "00001.tar")
+    done = subprocess.run([*command, "go"], capture_output=True, text=True, cwd=REPO)
+    assert "45 records read: 42 written to 4 shards, 3 bad" in done.stdout and "1 no text" in done.stdout
+    assert f"webdataset:{tmp_path}/out/{{00000..00003}}.tar" in done.stdout
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert os.stat(tmp_path / "out" / "00001.tar").st_mtime_ns == kept.st_mtime_ns
+
+
+def test_larger_pictures_are_reduced(tmp_path):
+    def picture(size, kind, **options):
+        out = io.BytesIO()
+        Image.radial_gradient("L").resize(size).convert("RGB").save(out, kind, **options)
+        return out.getvalue()
+
+    exif = Image.Exif()
+    exif[transforms.ORIENTATION] = 6
+    pictures = {
+        "small.jpg": picture((99, 30), "JPEG"),
+        "wide.jpg": picture((200, 80), "JPEG"),
+        "turned.jpg": picture((200, 80), "JPEG", exif=exif.tobytes()),
+        "tall.png": picture((61, 122), "PNG"),
+        "exact.webp": picture((40, 99), "WEBP"),
+        "too_long.png": picture((65_000, 40), "PNG"),
+    }
+    names = list(pictures)
+    members = [(f"{i}.{n.split('.')[1]}", pictures[n]) for i, n in enumerate(names)]
+    write_tar(tmp_path / "0.tar", itertools.chain(*((m, (f"{m[0][0]}.txt", b"x")) for m in members)))
+    prepare(f"webdataset:{tmp_path}/0.tar", tmp_path / "out", shards=1, shortest_side=40)
+    (found,) = contents(tmp_path / "out")
+    sizes = {"wide.jpg": (100, 40), "turned.jpg": (40, 100), "tall.png": (40, 80)}
+    for i, name in enumerate(names):
+        if name not in sizes:
+            assert found[f"{i:010}.{name.split('.')[1]}"] == pictures[name]
+            continue
+        with Image.open(io.BytesIO(found[f"{i:010}.jpg"])) as image:
+            assert image.format == "JPEG" and image.size == sizes[name]
+            truth = Image.radial_gradient("L").resize(sizes[name], Image.Resampling.BICUBIC)
+            assert np.abs(np.asarray(image.convert("L"), float) - np.asarray(truth)).mean() < 6
+
+
+def test_captions_and_classes_are_kept(tmp_path, monkeypatch):
+    class Toy:
+        at_once, class_names = 7, ["owl", "red fox"]
+
+        def __init__(self, rest, data):
+            pass
+
+        def __len__(self):
+            return 20
+
+        def read(self, picks, offset=0):
+            for index, epoch in picks:
+                texts, label = [["é", "two"], ["one"], []][index % 3], index % 2 if index % 3 else None
+                record = {"key": str(index), "epoch": epoch, "image": png(index), "texts": texts, "label": label}
+                yield record, sources.END
+
+    monkeypatch.setitem(sources.KINDS, "toy", Toy)
+    done = prepare("toy:x", tmp_path / "out", shards=3)
+    assert done.written == 20
+    everything = {name: data for shard in contents(tmp_path / "out") for name, data in shard.items()}
+    for i in range(20):
+        parts = {name[11:]: data for name, data in everything.items() if int(name[:10]) == i}
+        assert parts.pop("png") == png(i)
+        if i % 3 == 0:
+            assert json.loads(parts.pop("json")) == {"caption": ["é", "two"]}
+        else:
+            assert parts.pop("cls") == b"%d" % (i % 2)
+        assert parts == ({"txt": b"one"} if i % 3 == 1 else {})
+    written = sources.open_source(f"webdataset:{tmp_path}/out/*.tar", DataConfig())
+    texts = Counter(tuple(record["texts"]) for record in sources.in_order(written, iter(range(3))))
+    assert texts == {("é", "two"): 7, ("one",): 7, (): 6} and written.class_names == ["owl", "red fox"]
+    assert (tmp_path / "out" / "classnames.txt").read_text() == "owl\nred fox\n"
+
+
+def test_what_does_not_fit_is_refused(source, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="42 of 45 records can be used, too few for 43 shards"):
+        prepare(source, tmp_path / "many", shards=43)
+    prepare(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="was begun with .*'seed': 0.*not .*'seed': 1"):
+        prepare(source, tmp_path / "out", seed=1)
+    with pytest.raises(ValueError, match="is not empty, and was not begun by this tool"):
+        prepare(source, tmp_path)
+    os.remove(tmp_path / "out" / "00001.tar")
+    with pytest.raises(ValueError, match="00001.part has lost what was written to it: delete .*out and start again"):
+        prepare(source, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["prepare_data", "webdataset:/nowhere.tar", str(tmp_path / "x"), "--shards=2"])
+    with pytest.raises(SystemExit, match="^error: SOURCE 'webdataset:/nowhere.tar': 1 of 1 shards are not there"):
+        prepare_tool.main()
