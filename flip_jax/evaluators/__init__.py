@@ -36,11 +36,11 @@ def tasks(config: Config) -> list[str]:
 
 
 def find(task: str, config: Config) -> tuple[Any, "Dataset"]:
-    """Returns the module of the evaluator and the dataset of a task.
+    """Returns the module of the evaluator and the data set of a task.
 
     Raises:
-      known.Unknown: no evaluator or dataset has this name.
-      UserError: the data are missing, or the evaluator, the dataset and the model do not fit together.
+      known.Unknown: no evaluator or data set has this name.
+      UserError: the data are missing, or the evaluator, the data set and the model do not fit together.
     """
     from flip_jax.evaluators import datasets, known  # not needed by training without tasks
 

@@ -18,7 +18,7 @@ NEEDS = (needs.classifier, needs.labels)
 
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
-    """Yields the accuracies over the whole test split, the dataset's own metric first."""
+    """Yields the accuracies over the whole test split, the data set's own metric first."""
     classes = config.finetune.classes
     hits = np.zeros((3, classes), np.int64)
     count = jax.jit(zeroshot.count_scores, out_shardings=NamedSharding(encoder.mesh, PartitionSpec()))

@@ -1,4 +1,4 @@
-"""Datasets as evaluators get them: images, labels, class names and prompts."""
+"""Data sets as evaluators get them: images, labels, class names and prompts."""
 
 import dataclasses
 import functools
@@ -26,9 +26,9 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the simplest of CLIP's prompts, for
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset; `test` and `train` are sources, "" where it has no such split.
+    """A data set; `test` and `train` are sources, "" where it has no such split.
 
-    `classes` are the class names in the order of the labels, () if unknown. `labels` are the dataset's own names for
+    `classes` are the class names in the order of the labels, () if unknown. `labels` are the data set's own names for
     them, in the same order, () if not recorded. `test_names` are the test source's names, in the order of its labels.
     """
 
@@ -44,10 +44,10 @@ class Dataset:
 
 @functools.lru_cache
 def find(text: str, config: Config) -> Dataset:
-    """Returns the dataset that a task names: NAME, NAME=SOURCE or SOURCE, optionally with ";train=SOURCE".
+    """Returns the data set that a task names: NAME, NAME=SOURCE or SOURCE, optionally with ";train=SOURCE".
 
     Raises:
-      known.Unknown: no dataset has this name.
+      known.Unknown: no data set has this name.
       UserError: the test source cannot be opened, or `config.eval.classnames` is not a file.
     """
     rest, *train = re.split(r";train=(?=.)", text, maxsplit=1)
@@ -67,7 +67,7 @@ def _find_source(text: str, source: str, train: str, config: Config) -> Dataset:
 
 
 def _find_known(name: str, source: str, train: str, config: Config) -> Dataset:
-    """Describes a dataset of the table, with `source` and `train` in place of its own splits where they are given."""
+    """Describes a data set of the table, with `source` and `train` in place of its own splits where they are given."""
     row = known.get(name)
     folder = config.data.tfds_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
     test = source or row.test.replace("DIR", folder)
@@ -103,10 +103,10 @@ def _read_classes(name: str) -> tuple[str, ...]:
 def labelled(dataset: Dataset, config: Config, split: str = "test") -> Iterator[dict[str, Any]]:
     """Yields the batches of a split, with labels that index `dataset.classes`.
 
-    `mask` is also False for images of classes that are not part of the dataset. Shows a progress bar on a terminal.
+    `mask` is also False for images of classes that are not part of the data set. Shows a progress bar on a terminal.
 
     Raises:
-      UserError: the dataset has no such split, the source has other classes, or an image has no valid label.
+      UserError: the data set has no such split, the source has other classes, or an image has no valid label.
     """
     source = getattr(dataset, split)
     if not source:
@@ -148,9 +148,9 @@ def progress(name: str, total: int | None, unit: str) -> tqdm:
 
 
 def map_labels(source: str, names: Sequence[str] | None, dataset: Dataset) -> np.ndarray:
-    """Returns the index in `dataset.classes` of each label of a source, -1 for classes outside the dataset.
+    """Returns the index in `dataset.classes` of each label of a source, -1 for classes outside the data set.
 
-    `names` are the source's class names. Classes of a known dataset are matched by name. They are matched by order if
+    `names` are the source's class names. Classes of a known data set are matched by name. They are matched by order if
     the source has no names or the same number of classes and: it is a tar, its names are numbers, or it is a folder
     none of whose names is that of a class.
 
@@ -183,5 +183,5 @@ def _spaced(names: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _simplified(name: str) -> str:
-    """Keeps lower-case letters and digits only: case and punctuation differ between copies of a dataset."""
+    """Keeps lower-case letters and digits only: case and punctuation differ between copies of a data set."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -50,7 +50,7 @@ def fit(x_NxD: np.ndarray, label_N: np.ndarray, classes: int) -> np.ndarray:
 
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
-    """Yields the mean and the standard deviation of the dataset's metric over the seeds, for each number of shots."""
+    """Yields the mean and the standard deviation of the data set's metric over the seeds, for each number of shots."""
     (x_NxD, label_N), test, classes = linear_probe.both_splits(encoder, dataset, config)
     parts = []
     with jax.set_mesh(encoder.mesh):

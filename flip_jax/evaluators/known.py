@@ -1,4 +1,4 @@
-"""Table of the known datasets: splits, metric, class names, prompts, and how to get the data.
+"""Table of the known data sets: splits, metric, class names, prompts, and how to get the data.
 
 Class names and prompts are in `data/classes.json` and `data/templates.json`, which state their sources.
 """
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 from flip_jax.runtime import UserError
 
 FILES = pathlib.Path(__file__).parent / "data"
-CAPTIONS = "captions"  # takes the place of a metric: the dataset has captions and no classes
+CAPTIONS = "captions"  # takes the place of a metric: the data set has captions and no classes
 
 
 class Unknown(UserError):
-    """A task that names an evaluator or a dataset that does not exist: no data could make it work."""
+    """A task that names an evaluator or a data set that does not exist: no data could make it work."""
 
 
 class Known(NamedTuple):
     """One row of `KNOWN`.
 
     Splits are sources; DIR stands for the folder of TFDS (config.data.tfds_dir). `classes` and `templates` name entries
-    of data/*.json where these differ from the dataset's own name.
+    of data/*.json where these differ from the data set's own name.
     """
 
     test: str
@@ -31,16 +31,16 @@ class Known(NamedTuple):
     metric: str = "top1"  # the one that CLIP reports, or "mean_per_class", or `CAPTIONS`
     classes: str = ""
     templates: str = ""
-    export: str = ""  # CLIP_benchmark's name, for datasets that TFDS does not have
+    export: str = ""  # CLIP_benchmark's name, for data sets that TFDS does not have
 
 
 def _tfds(test: str, train: str = "", **more: str) -> Known:
-    """Builds the row of a dataset that TFDS has."""
+    """Builds the row of a data set that TFDS has."""
     return Known(f"tfds:{test}", train and f"tfds:{train}", **more)
 
 
 def _tars(name: str, export: str = "", **more: str) -> Known:
-    """Builds the row of a dataset that TFDS does not have, read from the tars that CLIP_benchmark writes."""
+    """Builds the row of a data set that TFDS does not have, read from the tars that CLIP_benchmark writes."""
     return Known(
         f"webdataset:DIR/{name}/test/*.tar", f"webdataset:DIR/{name}/train/*.tar", export=export or name, **more
     )
@@ -55,7 +55,7 @@ _IMAGENET = {
     "objectnet": _tars("objectnet", templates="imagenet"),
 }
 _RETINOPATHY = "diabetic_retinopathy_detection/btgraham-300"
-# Splits are those of CLIP_benchmark: the datasets' own or VTAB's.
+# Splits are those of CLIP_benchmark: the data sets' own or VTAB's.
 KNOWN = {
     **_IMAGENET,  # the paper's 7 prompts
     **{  # CLIP's 80 prompts
@@ -99,19 +99,19 @@ KNOWN = {
 
 
 def get(name: str) -> Known:
-    """Returns the row of a dataset, or raises `Unknown` with all names, the nearest first."""
+    """Returns the row of a data set, or raises `Unknown` with all names, the nearest first."""
     if name not in KNOWN:
         nearest = difflib.get_close_matches(name, KNOWN, n=len(KNOWN), cutoff=0)
-        raise Unknown(f"unknown dataset {name!r}: known are {', '.join(nearest)}, or give a source (KIND:REST)")
+        raise Unknown(f"unknown data set {name!r}: known are {', '.join(nearest)}, or give a source (KIND:REST)")
     return KNOWN[name]
 
 
 @functools.cache
 def recorded_classes(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the class names in data/classes.json and the dataset's own names for them; () where not recorded."""
+    """Returns the class names in data/classes.json and the data set's own names for them; () where not recorded."""
     sets = json.loads((FILES / "classes.json").read_text(encoding="utf-8"))["sets"]
     entry: dict[str, Any] = sets.get(name, {})
-    if "of" in entry:  # a subset of another dataset's classes
+    if "of" in entry:  # a subset of another data set's classes
         whole = sets[entry["of"]]
         names = dict(zip(whole["labels"], whole["classes"], strict=True))
         return tuple(names[label] for label in entry["labels"]), tuple(entry["labels"])
@@ -125,7 +125,7 @@ def recorded_templates() -> dict[str, list[str]]:
 
 
 def instruction(name: str, known: Known, folder: str) -> str:
-    """Returns how to get a dataset that TFDS does not have."""
+    """Returns how to get a data set that TFDS does not have."""
     if known.metric == CAPTIONS:
         return (
             f"Put Karpathy's dataset_{name}.json and its image folder into {folder}/{name}, or give their path: "
@@ -142,7 +142,7 @@ def instruction(name: str, known: Known, folder: str) -> str:
 
 def listing() -> str:
     """Formats `KNOWN` as a table in Markdown."""
-    lines = ["| dataset | classes | prompts | headline | default source |", "|---|---|---|---|---|"]
+    lines = ["| data set | classes | prompts | headline | default source |", "|---|---|---|---|---|"]
     for name, known in KNOWN.items():
         if known.metric == CAPTIONS:
             classes, prompts, headline = "-", "-", "mean_recall"

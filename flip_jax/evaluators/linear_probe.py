@@ -175,7 +175,7 @@ def best_exponent(quality: Callable[[float], tuple[float, ...]]) -> float:
 
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
-    """Yields the accuracies over the whole test split, the dataset's own metric first, then log10 of the penalty."""
+    """Yields the accuracies over the whole test split, the data set's own metric first, then log10 of the penalty."""
     (x_NxD, label_N), test, classes = both_splits(encoder, dataset, config)
     mesh = encoder.mesh
     with jax.set_mesh(mesh), datasets.progress(f"{dataset.name}: linear probe", None, " fits") as bar:

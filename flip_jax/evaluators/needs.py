@@ -1,6 +1,6 @@
-"""Requirements of evaluators on the model and the dataset, checked before time is spent.
+"""Requirements of evaluators on the model and the data set, checked before time is spent.
 
-An evaluator lists those it has in `NEEDS`. Each is a function of the dataset and the settings that raises UserError
+An evaluator lists those it has in `NEEDS`. Each is a function of the data set and the settings that raises UserError
 where the requirement is not met.
 """
 
@@ -29,13 +29,13 @@ def classifier(dataset: Dataset, config: Config) -> None:
 
 
 def captions(dataset: Dataset, config: Config) -> None:
-    """Refuses known datasets without captions; whether a source has any shows when it is read."""
+    """Refuses known data sets without captions; whether a source has any shows when it is read."""
     if dataset.name in known.KNOWN and dataset.metric != known.CAPTIONS:
         raise UserError(f"{dataset.name} has classes but no captions; use zeroshot/{dataset.name}")
 
 
 def labels(dataset: Dataset, config: Config) -> None:
-    """Refuses known datasets without labels; whether a source has any shows when it is read."""
+    """Refuses known data sets without labels; whether a source has any shows when it is read."""
     if dataset.metric == known.CAPTIONS:
         raise UserError(f"{dataset.name} has captions but no classes; use retrieval/{dataset.name}")
 
@@ -55,7 +55,7 @@ def class_names(dataset: Dataset, config: Config) -> None:
             "JSON list"
         )
     repeated = list((Counter(dataset.classes) - Counter(set(dataset.classes))).elements())
-    # Known datasets may repeat names, because CLIP does: ImageNet has two classes called "missile".
+    # Known data sets may repeat names, because CLIP does: ImageNet has two classes called "missile".
     if repeated and not dataset.labels:
         raise UserError(
             f"{len(repeated)} of the {len(dataset.classes)} class names are repeated, first {repeated[0]!r}: give "

@@ -69,7 +69,7 @@ def accuracies(hits_3xC: np.ndarray, headline: str = "top1") -> dict[str, float]
 
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
-    """Yields the accuracies over the whole test split, the dataset's own metric first."""
+    """Yields the accuracies over the whole test split, the data set's own metric first."""
     classes = class_embeddings(encoder, dataset.classes, dataset.templates, config.eval.batch_size)
     count = jax.jit(count_hits, out_shardings=NamedSharding(encoder.mesh, PartitionSpec()))
     hits, read = np.zeros((3, len(classes)), np.int64), 0

@@ -9,7 +9,7 @@ from helpers import Features, picture, write_samples
 def task(tmp_path):
     """Returns a function that writes a training and a test split of given (features, labels).
 
-    It returns the task's dataset, "SOURCE;train=SOURCE", and an encoder that gives each image its features.
+    It returns the task's data set, "SOURCE;train=SOURCE", and an encoder that gives each image its features.
     """
 
     def build(train, test, devices=8):

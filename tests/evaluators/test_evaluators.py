@@ -47,7 +47,7 @@ def test_model_that_returns_nan_scores_zero(classified):
 
 
 def labels_of(task, settings):
-    """Returns a task's dataset and the labels and masks of all its rows."""
+    """Returns a task's data set and the labels and masks of all its rows."""
     _, dataset = evaluators.find(task, settings)
     batches = list(datasets.labelled(dataset, settings))
     return dataset, np.concatenate([b["label"] for b in batches]), np.concatenate([b["mask"] for b in batches])
@@ -179,9 +179,9 @@ def test_classnames_file_is_read_and_checked(classified, tmp_path):
     [
         ("zeroshoot/cifar10", "'zeroshoot/cifar10' must be EVALUATOR/DATASET with EVALUATOR one of zeroshot, "),
         ("zeroshot", "'zeroshot' must be EVALUATOR/DATASET"),
-        ("zeroshot/cifar", "zeroshot/cifar: unknown dataset 'cifar': known are cifar10, cifar100, cars"),
-        ("zeroshot/imagenet-a", "unknown dataset 'imagenet-a': known are imagenet_a, "),
-        ("zeroshot/cifr10=folder:/x", "unknown dataset 'cifr10': known are cifar10, "),
+        ("zeroshot/cifar", "zeroshot/cifar: unknown data set 'cifar': known are cifar10, cifar100, cars"),
+        ("zeroshot/imagenet-a", "unknown data set 'imagenet-a': known are imagenet_a, "),
+        ("zeroshot/cifr10=folder:/x", "unknown data set 'cifr10': known are cifar10, "),
         ("zeroshot/foldr:/x", 'source must be "KIND:REST" with KIND one of webdataset, '),
         ("zeroshot/coco", "zeroshot/coco: .*coco/dataset_coco.json.* Put Karpathy's dataset_coco.json"),
         ("zeroshot/cifar10", r"`tfds build cifar10 --file_format=array_record --data_dir=\S+/none`"),
@@ -223,7 +223,7 @@ def test_all_known_datasets_have_names_prompts_and_a_metric():
 
 
 def test_recorded_labels_match_those_of_tfds(tmp_path):
-    """Compares what TFDS knows before it has downloaded a dataset."""
+    """Compares what TFDS knows before it has downloaded a data set."""
     tfds, checked = pytest.importorskip("tensorflow_datasets"), []
     for name, row in known.KNOWN.items():
         if not row.test.startswith("tfds:") or name.startswith(("emoji", "clevr", "dsprites", "smallnorb")):
@@ -242,7 +242,7 @@ def test_recorded_labels_match_those_of_tfds(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """Builds a TFDS dataset with CIFAR-10's classes in reverse order and 3 to 10 objects per image."""
+    """Builds a TFDS data set with CIFAR-10's classes in reverse order and 3 to 10 objects per image."""
     tfds = pytest.importorskip("tensorflow_datasets")
     folder, names = tmp_path_factory.mktemp("tfds"), list(known.recorded_classes("cifar10")[0][::-1])
 

@@ -9,7 +9,7 @@ from flip_jax.evaluators import few_shot
 
 
 def dual(x_NxD, label_N, classes, new_MxD, bias=1e4):
-    """Computes scores by the N x N (dual) form of ridge regression; the intercept is one more, barely penalised feature."""
+    """Computes scores by the dual form of ridge regression, with the intercept as a barely penalised feature."""
     mean, std = x_NxD.mean(axis=0), x_NxD.std(axis=0) + 1e-5
     x, new = ((np.concatenate([(a - mean) / std, np.full((len(a), 1), bias)], axis=1)) for a in (x_NxD, new_MxD))
     target = np.where(label_N[:, None] == np.arange(classes), 1.0, -1.0)
