@@ -93,11 +93,17 @@ def _find_known(name: str, source: str, train: str, config: Config) -> Dataset:
 
 def _read_classes(name: str) -> tuple[str, ...]:
     """Reads the class names in a file: one per line, or a JSON list."""
-    path = pathlib.Path(name)
+    path, wanted = pathlib.Path(name), "config.eval.classnames must be a file with one name per line or a JSON list"
     if not path.is_file():
-        raise UserError(f"config.eval.classnames must be a file with one name per line or a JSON list; got {name!r}")
-    text = path.read_text(encoding="utf-8")
-    return tuple(json.loads(text) if text.startswith("[") else text.splitlines())
+        raise UserError(f"{wanted}; got {name!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        names = json.loads(text) if text.startswith("[") else text.splitlines()
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{wanted}; {name!r} cannot be read: {error}") from error
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{wanted}; {name!r} has entries that are not strings")
+    return tuple(names)
 
 
 def labelled(dataset: Dataset, config: Config, split: str = "test") -> Iterator[dict[str, Any]]:

@@ -51,15 +51,15 @@ def fit(x_NxD: np.ndarray, label_N: np.ndarray, classes: int) -> np.ndarray:
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
     """Yields the mean and the standard deviation of the data set's metric over the seeds, for each number of shots."""
-    (x_NxD, label_N), test, classes = linear_probe.both_splits(encoder, dataset, config)
+    (x_NxD, label_N), test_split, classes = linear_probe.both_splits(encoder, dataset, config)
     parts = []
     with jax.set_mesh(encoder.mesh):
-        test = linear_probe.place(encoder.mesh, *test)
+        test_rows = linear_probe.place(encoder.mesh, *test_split)
         for shots in SHOTS:
             values = []
             for seed in SEEDS:
                 rows = draw(label_N, shots, seed)
-                hits = linear_probe.count(fit(x_NxD[rows], label_N[rows], classes), test, encoder.mesh)
+                hits = linear_probe.count(fit(x_NxD[rows], label_N[rows], classes), test_rows, encoder.mesh)
                 values.append(zeroshot.accuracies(hits)[dataset.metric])
             yield f"{shots}shot", float(np.mean(values))
             yield f"{shots}shot_std", float(np.std(values, ddof=1))

@@ -145,9 +145,10 @@ def listing() -> str:
     lines = ["| data set | classes | prompts | headline | default source |", "|---|---|---|---|---|"]
     for name, known in KNOWN.items():
         if known.metric == CAPTIONS:
-            classes, prompts, headline = "-", "-", "mean_recall"
+            cells = "- | - | mean_recall"
         else:
             classes = len(recorded_classes(known.classes or name)[0]) or "its own"
-            prompts, headline = len(recorded_templates()[known.templates or name]), known.metric
-        lines.append(f"| `{name}` | {classes} | {prompts} | {headline} | `{known.test}` |")
+            prompts = len(recorded_templates()[known.templates or name])
+            cells = f"{classes} | {prompts} | {known.metric}"
+        lines.append(f"| `{name}` | {cells} | `{known.test}` |")
     return "\n".join(lines)

@@ -66,9 +66,13 @@ def both_splits(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[tup
 def place(mesh: Mesh, x_NxD: np.ndarray, label_N: np.ndarray) -> Rows:
     """Splits rows that every process holds over the devices."""
     padding = -len(x_NxD) % (sharding.batch_shards(mesh) * _blocks(mesh, len(x_NxD)))
-    padded = (np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (x_NxD, label_N, np.ones(len(x_NxD), "f")))
     split = sharding.batch_sharding(mesh)
-    return Rows(*(jax.make_array_from_callback(x.shape, split, lambda index, x=x: x[index]) for x in padded))
+
+    def padded(x: np.ndarray) -> jax.Array:
+        x = np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+
+    return Rows(padded(x_NxD), padded(label_N), padded(np.ones(len(x_NxD), np.float32)))
 
 
 def _blocks(mesh: Mesh, rows: int) -> int:
@@ -164,7 +168,7 @@ def best_exponent(quality: Callable[[float], tuple[float, ...]]) -> float:
     """Searches as CLIP does: every second power of 10, then steps halved around the best, down to 1/8 of a decade."""
     low, high = EXPONENTS
     found: dict[float, tuple[float, ...]] = {}
-    step, wanted = 2.0, np.arange(low, high + 1, 2)
+    step, wanted = 2.0, list(np.arange(low, high + 1, 2))
     while True:
         found |= {exponent: quality(exponent) for exponent in map(float, wanted) if exponent not in found}
         best = max(found, key=lambda exponent: found[exponent])
@@ -180,9 +184,9 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
     mesh = encoder.mesh
     with jax.set_mesh(mesh), datasets.progress(f"{dataset.name}: linear probe", None, " fits") as bar:
         train = place(mesh, x_NxD, label_N)
-        held_N = np.zeros(train.real_N.shape, bool)
-        held_N[np.random.default_rng(0).permutation(len(x_NxD))[: len(x_NxD) // HELD_OUT or 1]] = True
-        held_N = jax.make_array_from_callback(held_N.shape, train.real_N.sharding, lambda index: held_N[index])
+        is_held = np.zeros(train.real_N.shape, bool)
+        is_held[np.random.default_rng(0).permutation(len(x_NxD))[: len(x_NxD) // HELD_OUT or 1]] = True
+        held_N = jax.make_array_from_callback(is_held.shape, train.real_N.sharding, lambda index: is_held[index])
         seen, held = (train._replace(real_N=jnp.where(held_N == side, train.real_N, 0)) for side in (False, True))
 
         fit = make_fit(seen, classes, mesh)

@@ -175,6 +175,15 @@ def test_classnames_file_is_read_and_checked(classified, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content, message", [(b"[1, 2]", "not strings"), (b'["owl",', "cannot be read"), (b"\xff\xfe", "cannot be read")]
+)
+def test_damaged_classnames_file_is_refused(classified, tmp_path, content, message):
+    (tmp_path / "names").write_bytes(content)
+    with pytest.raises(UserError, match=f"config.eval.classnames must be a file .*{message}"):
+        evaluators.find(f"zeroshot/{classified[0]}", eval_config(classnames=str(tmp_path / "names")))
+
+
+@pytest.mark.parametrize(
     "task, message",
     [
         ("zeroshoot/cifar10", "'zeroshoot/cifar10' must be EVALUATOR/DATASET with EVALUATOR one of zeroshot, "),
