@@ -99,7 +99,7 @@ def cluster(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def resize(image_BxHxWx3: jax.Array, side: int) -> jax.Array:
-    """Shrinks the whole image to `side` pixels instead of masking it. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
+    """Shrinks the whole image to `side` pixels instead. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
     shape = (len(image_BxHxWx3), side, side, 3)
     smaller = jax.image.resize(image_BxHxWx3.astype(jnp.float32), shape, "cubic")
     is_uint8 = image_BxHxWx3.dtype == jnp.uint8
