@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from flip_jax import checkpoint, evaluators, metrics, sharding, train_step, writers
+from flip_jax import checkpoint, evaluators, metrics, sharding, train_step
 from flip_jax.config import Config
 from flip_jax.data import pipeline
 from flip_jax.data.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh)
     evaluators.check(config)
-    writers.check(config)
+    metrics.check(config)
     with (
         contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints,
         jax.set_mesh(mesh),
@@ -91,6 +91,7 @@ def _run(
     flops = metrics.flops_per_sample(config.model, config.finetune.classes)
     _log_start(config, mesh, program, flops)
     writer = metrics.Writer(workdir, start, config)
+    metrics.write_parameters(workdir, program.state.params)
     look = snapshot.Snapshot(program.graphdef, config, mesh)
     progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
     window: list[tuple[int, list[str], dict[str, jax.Array]]] = []  # steps since the last log point
@@ -136,7 +137,7 @@ def _run(
             encoder.params = state.params
             results = dict(evaluators.run(encoder, config))
             writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
-            if "text" in batch and (writer.others or jax.process_count() > 1):  # all take part, the first one writes
+            if "text" in batch and (writer.trackers or jax.process_count() > 1):  # all take part, the first one writes
                 writer.draw(step, *look(state.params, batch, step))
         if save:
             checkpoints.save(step, state, batches, tokenizer, config)
