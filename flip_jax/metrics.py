@@ -16,7 +16,7 @@ from etils import epath
 from flip_jax.config import Config, ModelConfig
 from flip_jax.runtime import UserError
 
-# Peak bf16 FLOP/s of one device as JAX counts them (a device of TPU v2, v3 and 7x is half a chip), from data sheets.
+# Peak bf16 FLOP/s of one device as JAX counts them, from data sheets (a TPU v3 or TPU7x chip is two devices).
 PEAK_FLOPS = {
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
