@@ -159,7 +159,7 @@ def test_parameters_are_listed_once_by_the_first_process(tmp_path, monkeypatch):
     assert text.splitlines()[-1] == f"Total: {sum(sizes):,} -- {4 * sum(sizes):,} bytes"
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "float32" in line]
     assert len(rows) == len(sizes) and sorted(int(row[4].replace(",", "")) for row in rows) == sorted(sizes)
-    (projection,) = (row for row in rows if row[1] == "image/project/kernel")
+    (projection,) = (row for row in rows if row[1] == "image_projection/kernel")
     assert projection[2] == "(32, 16)" and "fsdp" in projection[5]
 
 
