@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 from etils import epath
 
-from flip_jax.config import Config, ModelConfig
+from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
 # Peak bf16 FLOP/s of one device as JAX counts them, from data sheets (a TPU v3 or TPU7x chip is two devices).
@@ -28,23 +28,6 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-
-
-def flops_per_sample(model: ModelConfig, classes: int = 0) -> float:
-    """Counts the floating-point operations of one training sample, forward and backward, for its visible patches.
-
-    Matrix products only, without recomputation, as in the definition of model FLOP utilisation (MFU). With `classes`,
-    those of the image tower trained as a classifier.
-    """
-    image, text = model.image, model.text
-    visible = image.visible_patches
-    embed = visible * 2 * 3 * image.patch_size**2 * image.width
-    project = 2 * image.width * classes if classes else 2 * (image.width + text.width) * model.embed_dim
-    towers = sum(
-        tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
-        for tower, tokens in ((image, visible + 1), (text, 0 if classes else text.visible_tokens))
-    )
-    return 3.0 * (embed + project + towers)
 
 
 def peak_flops() -> float | None:
