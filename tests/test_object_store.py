@@ -2,21 +2,28 @@
 
 import io
 
-import fsspec
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFile
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flip_jax import checkpoint, metrics, trackers
 from flip_jax.config import Config
 
 
+class Bucket(MemoryFileSystem):
+    """Takes names that begin with gs://."""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("gs://", "memory://"))
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     """The folder gs://bucket/run, in memory."""
-    memory = fsspec.filesystem("memory")
+    memory = Bucket()
     monkeypatch.setattr(epath.backend.fsspec_backend, "fs", lambda path: memory)
     yield epath.Path("gs://bucket/run")
     memory.store.clear()
@@ -41,6 +48,7 @@ def test_metrics_are_added_without_appending_and_those_of_lost_steps_dropped(buc
         for step in steps:
             writer.write(step, {"loss": float(start)})
         writer.close()
+    assert not (bucket / "metrics.jsonl").exists()
     wanted = [{"step": 4, "loss": 0.0}, {"step": 8, "loss": 4.0}, {"step": 12, "loss": 4.0}]
     assert metrics.read_metrics(bucket) == wanted
 
