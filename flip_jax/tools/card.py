@@ -78,9 +78,7 @@ def of(path: str | os.PathLike) -> Card:
         if earlier["step"] == int(step.name):  # with what it was given
             return earlier
         card["license"] = earlier["license"]
-    log = run / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    lines = [json.loads(line) for line in lines if metrics.step_of(line) <= int(step.name)]
+    lines = [line for line in metrics.read_metrics(run) if line["step"] <= int(step.name)]
     records = next((line for line in reversed(lines) if "data/read" in line), {})
     results = next((line for line in reversed(lines) if "loss" not in line), None)
     card |= {
