@@ -248,7 +248,7 @@ def command(tool, **options):
         for value in ([values] if isinstance(values, str) else values)
     ]
     return subprocess.run(
-        [sys.executable, "-m", f"flip_jax.{tool}", *options],
+        [sys.executable, "-m", "flip_jax", tool, *options],
         cwd=REPO,
         env=environment(),
         capture_output=True,
