@@ -26,8 +26,6 @@ from flip_jax import inference, masking, runtime
 from flip_jax.data import transforms
 from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, Pick, Record, sample
 from flip_jax.evaluators import zeroshot
-from flip_jax.evaluators.snapshot import kept_patches
-from flip_jax.models import vit
 from flip_jax.runtime import UserError
 from flip_jax.tools import embed, options, search
 from flip_jax.tools import index as index_lib
@@ -40,7 +38,7 @@ TEXT_BATCH, IMAGE_BATCH = 32, 64  # encoded at once
 TEMPLATE = "a photo of a {}."
 STRATEGIES = masking.STRATEGIES | {"resize": masking.resize}
 
-_resized, _visible = jax.jit(vit.resized, static_argnums=0), jax.jit(vit.visible, static_argnums=0)
+_see_image = jax.jit(masking.see_image, static_argnums=0)
 
 
 class Folder:
@@ -179,17 +177,15 @@ class Demo:
             raise UserError(f"The mask ratio must be in [0, 1), got {ratio}.")
         tower = dataclasses.replace(model.image, mask=strategy, mask_ratio=ratio)
         masking.check(tower, dataclasses.replace(model.text, mask_ratio=0.0))
-        image_1xSxSx3 = self._pixels(content)[None]
-        kept = np.asarray(_resized(tower, image_1xSxSx3)[0])
-        position_1xK = _visible(tower, jax.random.key(seed), vit.patchify(image_1xSxSx3, tower.patch_size))
-        if position_1xK is not None:
-            kept = kept_patches(kept, np.asarray(position_1xK[0]), tower.patch_size)
+        grid, image_SxSx3 = tower.image_size // tower.patch_size, self._pixels(content)
+        patch_1xKxP, position_1xK = jax.device_get(_see_image(tower, jax.random.key(seed), image_SxSx3[None]))
+        kept = masking.unpatchify(patch_1xKxP[0], None if position_1xK is None else position_1xK[0], grid)
         return {
-            "whole": _data_url(image_1xSxSx3[0], "PNG"),
+            "whole": _data_url(image_SxSx3, "PNG"),
             "kept": _data_url(kept, "PNG"),
-            "width": len(kept) / len(image_1xSxSx3[0]),  # below 1 if the image is resized rather than masked
+            "width": len(kept) / len(image_SxSx3),  # below 1 if the image is resized rather than masked
             "visible": tower.visible_patches,
-            "patches": (tower.image_size // tower.patch_size) ** 2,
+            "patches": grid**2,
         }
 
     def _pixels(self, content):
