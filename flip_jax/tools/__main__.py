@@ -38,7 +38,7 @@ class _Once(argparse.Action):
 
 
 def version() -> str:
-    """The versions of this package, JAX and Python, without importing JAX."""
+    """Return the versions of this package, JAX and Python, without importing JAX."""
     found = []
     for package in ("flip_jax", "jax"):
         try:
