@@ -12,13 +12,14 @@ from etils import epath
 from flip_jax import writers
 from flip_jax.config import Config, ModelConfig
 
-# Peak bf16 FLOP/s of one device as jax counts them (a TPU v2 or v3 device is one core). Makers' data sheets.
+# Peak bf16 FLOP/s of one device as JAX counts them, from data sheets (a TPU v3 or TPU7x chip is two devices).
 PEAK_FLOPS = {
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import REPO
 
-from benchmarks import cpu_products, own_step, pages, step_time, tradeoff, turns
+from benchmarks import cpu_products, own_step, pages, scale, step_time, tradeoff, turns
 
 BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
 
@@ -198,3 +198,33 @@ def test_products_are_those_of_the_model_that_step_time_trains_on_cpus():
     image = own_step.MODELS["vit_s16"].image
     tokens = 1 + (image.image_size // image.patch_size) ** 2
     assert cpu_products.PER_HEAD == (32, image.heads, tokens, image.width // image.heads)
+
+
+def test_scale_page_is_continued_after_an_interruption(tmp_path):
+    path, asked = tmp_path / "docs" / "scale.md", []
+
+    def measure(recipe, topology, settings):
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.append((recipe, topology, settings["model.remat"], settings["mesh.fsdp"]))
+        gib = {"dots": 7, "names": 3, "full": 1}[settings["model.remat"]]
+        fits = settings["model.remat"] == "full"
+        memory = {"peak": gib * 2**30, "limit": 2**31, "spare": 1 - gib / 2}
+        result = {"devices": 8, "mask_ratio": 0.5, "memory": memory, "fits": fits, "compile_seconds": 1.0}
+        result["state_bytes"] = 2**30
+        bound = {"seconds": {}, "least_seconds": 0.1, "bound_by": "links", "most_mfu": 0.4, "collectives": []}
+        return result | (bound if fits else {})
+
+    with pytest.raises(KeyboardInterrupt):
+        scale.write_table(path, measure)
+    # "dots" needs 5 GiB too much; sharding the state of 1 GiB and its gradients can free only 2.
+    tried = (("dots", 1), ("names", 1), ("names", 8), ("full", 1))
+    assert asked == [("flip_l16", "v3:16x8", *step) for step in tried]
+    assert "| flip_l16 | v3-256 | 8 | 0.5 | remat full | yes | 1.0 | 2.00 | 100 | links | 40% |" in path.read_text()
+    path.write_text(path.read_text() + "\n## What follows\n\nstays\n")
+    asked = [None] * 5
+    scale.write_table(path, measure)
+    assert path.read_text().endswith(" |\n\n## What follows\n\nstays\n")
+    assert ("flip_l16", "v3:16x8", "dots", 1) not in asked and ("clip_b16", "v5e:16x16", "full", 1) in asked
+    rows = [line for line in path.read_text().splitlines() if line.startswith(("| flip_", "| clip_"))]
+    assert len(rows) == len(scale.ROWS) == 43
