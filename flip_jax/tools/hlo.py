@@ -164,9 +164,9 @@ class Module:
         return nbytes(instruction.shape)
 
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
-        """What a step sends between devices, by kind and axes of `mesh` (name to size, as in `Mesh.shape`).
+        """Sum up a step's collectives by kind and axes of `mesh` (name to size, as in `Mesh.shape`).
 
-        What goes from one TPU slice to another has `BETWEEN_SLICES` for its axes.
+        Those between TPU slices have the axes `BETWEEN_SLICES`.
         """
         found: dict[tuple, list] = {}
         chains = set()

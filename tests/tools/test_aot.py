@@ -54,8 +54,8 @@ PARAMS = 61_025  # 4 blocks of 12 w^2 + 13 w, w = 32; patches 6,176, positions 5
 EMBED = 8 * 2 * (8 * 8 * 3) * 32  # FLOPs of an image's 8 visible patches
 TOWERS = sum(2 * tokens * (24 * 32**2 + 4 * tokens * 32) for tokens in (9, 8))  # blocks, forward
 PROJECT = 2 * (32 + 32) * 16
-# Each device has 2 pairs, forward and backward; pixels need no gradient. The loss compares 2 rows with 16 columns in two
-# directions, and again in the backward pass.
+# Each device has 2 pairs, forward and backward; pixels need no gradient. The loss compares 2 rows with 16 columns in
+# two directions, and again in the backward pass.
 FLOPS = 2 * (2 * EMBED + 3 * TOWERS + 3 * PROJECT) + 2 * 4 * (2 * 2 * 16 * 16)
 
 
@@ -196,7 +196,7 @@ def test_without_the_tpu_compiler(run, monkeypatch):
 @pytest.mark.parametrize(
     "topology, kind", [("v5e:2x4", "TPU v5 lite"), ("v5p:2x2x2", "TPU v5"), ("tpu7x:2x2x1", "TPU7x")]
 )
-def test_a_real_tpu_compiler(run, topology, kind):
+def test_the_tpu_compiler(run, topology, kind):
     pytest.importorskip("libtpu")
     code, out, _ = run(f"--topology={topology}", "--json", "--config.model.dtype=bfloat16")
     result = json.loads(out)
