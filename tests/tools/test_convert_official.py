@@ -1,6 +1,7 @@
 """Checkpoints that the official code wrote, converted by the command line and evaluated another way in NumPy."""
 
 import dataclasses
+import gzip
 import shutil
 import tarfile
 
@@ -9,6 +10,7 @@ import numpy_towers
 import pytest
 from flax import serialization
 from flax.traverse_util import flatten_dict
+from helpers import recorded_parameters
 from ml_collections import ConfigDict
 
 import flip_jax
@@ -29,9 +31,16 @@ STATS = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
 @pytest.fixture
 def checkpoint(recorded, tmp_path):
     """The recorded checkpoint after three steps, unpacked for the test to damage."""
-    with tarfile.open(recorded / "checkpoint_3.tar.gz") as tar:
-        tar.extractall(tmp_path, filter="data")
-    return tmp_path / "checkpoint_3"
+    return unpack(recorded, tmp_path / "checkpoint_3", "gcs", "one_chunk")
+
+
+def unpack(recorded, folder, index, arrays):
+    """Put a recorded index and arrays together as the official code wrote them."""
+    for tower in ("image", "text"):
+        with tarfile.open(recorded / f"arrays_{arrays}_{tower}.tar.gz") as tar:
+            tar.extractall(folder, filter="data")
+    (folder / "checkpoint").write_bytes(gzip.decompress((recorded / f"checkpoint_{index}.gz").read_bytes()))
+    return folder
 
 
 def tower(arrays, name, depth):
@@ -76,8 +85,7 @@ def test_the_command_line_gives_a_model_that_encodes_as_the_weights_say(recorded
     convert.main(["", "official", str(checkpoint), str(tmp_path / "out")])
     encoder = flip_jax.load(tmp_path / "out")
 
-    with np.load(recorded / "params_after_step2.npz") as file:
-        arrays = {name: file[name].astype(np.float64) for name in file}
+    arrays = {name: array.astype(np.float64) for name, array in recorded_parameters("params_after_step2").items()}
     image = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     patches = ((image / 255 - STATS[0]) / STATS[1]).reshape(3, 4, 16, 4, 16, 3).transpose(0, 1, 3, 2, 4, 5)
     x = patches.reshape(3, 16, 768) @ arrays["img_encoder/embedding/kernel"].reshape(768, 64)
@@ -100,14 +108,14 @@ def test_the_command_line_gives_a_model_that_encodes_as_the_weights_say(recorded
         convert.main(["", "official", str(checkpoint), str(tmp_path / "other")])
 
 
-@pytest.mark.parametrize("variant", ["filedriver", "multichunk", "flatten_params"])
-def test_every_way_of_writing_gives_the_same_weights(recorded, tmp_path, variant):
-    with tarfile.open(recorded / "checkpoint_variants.tar.gz") as tar:
-        tar.extractall(tmp_path, filter="data")
-    (folder,) = tmp_path.glob(f"**/{variant}/checkpoint_3")
+@pytest.mark.parametrize(
+    ("index", "arrays"),
+    [("gcs", "one_chunk"), ("filedriver", "one_chunk"), ("flatten_params", "one_chunk"), ("multichunk", "multichunk")],
+)
+def test_every_way_of_writing_gives_the_same_weights(recorded, tmp_path, index, arrays):
+    folder = unpack(recorded, tmp_path / "checkpoint_3", index, arrays)
     ours = flatten_dict(official.load(folder, SETTINGS), sep="/")
-    with np.load(recorded / "params_after_step2.npz") as file:
-        theirs = official.to_ours(dict(file))
+    theirs = official.to_ours(recorded_parameters("params_after_step2"))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
