@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks import pages
 from flip_jax import config_check
+from flip_jax.memory import ON_ACCELERATORS, SPARE
 from flip_jax.tools import aot
-from flip_jax.train_step import LESS_AND_LESS, SPARE
 
 RECIPES = ("flip_b16", "flip_l14", "flip_l16", "flip_h14", "clip_b16", "clip_l14", "clip_l16")
 SLICES = {
@@ -33,7 +33,7 @@ ROWS = [(recipe, name) for recipe in RECIPES for name in SLICES if recipe == "fl
 FIRST = [("flip_l16", "v3-256"), ("flip_h14", "v3-512")]  # the paper's own
 Settings = dict[str, Any]
 # The policies that remat "auto" tries, from the least recompute to the least memory, each without and with fsdp.
-LADDER: list[Settings] = [{"model.remat": remat, "mesh.fsdp": fsdp} for remat in LESS_AND_LESS for fsdp in (1, 8)]
+LADDER: list[Settings] = [{"model.remat": remat, "mesh.fsdp": fsdp} for remat in ON_ACCELERATORS for fsdp in (1, 8)]
 HEADER = """# Every recipe on every slice
 
 Written by `python -m benchmarks.scale docs/scale.md`, which adds missing rows. It compiles the train step for the

@@ -21,7 +21,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from benchmarks import emoji_runs, own_step, pages
-from flip_jax import inference, sharding, train_step
+from flip_jax import inference, memory, sharding, train_step
 from flip_jax.config import Config
 from flip_jax.data import emoji, pipeline
 from flip_jax.data.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ def step_seconds(settings: dict[str, Config]) -> dict[str, list[float]]:
             tokenizer = Tokenizer.train(pipeline.caption_sample(config), config.model.text.vocab_size)
             batches = iter(pipeline.train_dataset(config, tokenizer, process_index=0, process_count=1))
             program = train_step.make_program(config, mesh)
-            program = program._replace(step=train_step.lower(program, config, mesh).compile())
+            program = program._replace(step=memory.lower(program, config, mesh).compile())
             loops[run] = config.global_batch_size, batches, program, program.init()
         for turn in tqdm(range(ROUNDS + 1), desc="rounds"):
             for run, (size, batches, program, state) in loops.items():

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from flip_jax import config_check, metrics, sharding, train, train_step
+from flip_jax import config_check, memory, metrics, models, sharding, train, train_step
 from flip_jax.config import Config
 from flip_jax.config_check import REMAT
+from flip_jax.memory import SPARE
 from flip_jax.runtime import UserError
 from flip_jax.tools import hlo
-from flip_jax.train_step import SPARE
 
 EXAMPLE = "flip aot --config=configs/flip_l16.py --topology=v3:16x8 --config.mesh.fsdp=8"
 GIB = 2**30
@@ -102,7 +102,7 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     chip = CHIPS.get(mesh.devices.flat[0].device_kind)
     limit = int(chip.memory * GIB) if chip else None
     result: dict[str, Any] = {}
-    for policy in train_step.policies(config, limit):
+    for policy in memory.policies(config, limit):
         model = dataclasses.replace(config.model, remat=policy)
         result = _analyse_policy(dataclasses.replace(config, model=model), topology, mesh, limit)
         if result["fits"] and (result["memory"]["limit"] is None or result["memory"]["spare"] >= SPARE):
@@ -126,7 +126,7 @@ def _analyse_policy(config, topology, mesh, limit):
     start = time.perf_counter()
     # Not inside jax.set_mesh: the run's random keys are made here, and the mesh's devices do not exist.
     program = train_step.make_program(config, mesh)
-    lowered = train_step.lower(program, config, mesh)
+    lowered = memory.lower(program, config, mesh)
     result["state_bytes"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     saved = _saved(lowered.as_text(dialect="hlo"), config, mesh)
     needed = sum(array["bytes"] for array in saved)
@@ -144,7 +144,7 @@ def _analyse_policy(config, topology, mesh, limit):
         result["memory"] = {"limit": limit, "peak": needed, "spare": 1 - needed / limit}
         result |= {"fits": False, "largest": saved[:5], "compile_seconds": seconds}
         return result | {"try": advice(config, mesh.size)}
-    stats, peak = compiled.memory_analysis(), train_step.peak_bytes(compiled)
+    stats, peak = compiled.memory_analysis(), memory.peak_bytes(compiled)
     result["memory"] = {
         "limit": limit,
         "peak": peak,
@@ -166,7 +166,7 @@ def _program_costs(module, config, mesh, bounded):
     """FLOPs, memory traffic and collectives of a compiled step and, if `bounded`, the least time they take."""
     flops, passes = module.flops()
     traffic, collectives = module.hbm_bytes(), module.collectives(mesh.shape)
-    model_flops = metrics.flops_per_sample(config.model, config.finetune.classes) * config.global_batch_size / mesh.size
+    model_flops = models.flops_per_sample(config) * config.global_batch_size / mesh.size
     costs = {
         "largest": [{"bytes": size, "array": array, "from": source} for size, array, source in module.largest()],
         "model_flops": model_flops,
@@ -233,18 +233,18 @@ def _saved(text: str, config: Config, mesh: jax.sharding.Mesh) -> list[dict[str,
 
 def describe(result: dict[str, Any]) -> str:
     """Format the result of `analyse` for people."""
-    memory, mesh = result["memory"], " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    found, mesh = result["memory"], " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     rows = [
         ("devices", f"{result['devices']} {result['device_kind']} ({mesh})"),
         ("batch", f"{result['global_batch_size']:,}, mask ratio {result['mask_ratio']}, remat {result['remat']}"),
         ("compiled", f"in {result['compile_seconds']:.0f} s"),
-        ("memory", _size(memory["peak"])),
+        ("memory", _size(found["peak"])),
     ]
-    if memory["limit"]:
-        spare = f", {memory['spare']:.0%} spare" if result["fits"] else ""
-        rows.append(("", f"of {_size(memory['limit'])}{spare}"))
-    if "arguments" in memory:
-        rows.append(("", ", ".join(f"{name} {_size(memory[name])}" for name in ("arguments", "temporaries", "code"))))
+    if found["limit"]:
+        spare = f", {found['spare']:.0%} spare" if result["fits"] else ""
+        rows.append(("", f"of {_size(found['limit'])}{spare}"))
+    if "arguments" in found:
+        rows.append(("", ", ".join(f"{name} {_size(found[name])}" for name in ("arguments", "temporaries", "code"))))
     if "flops" in result:
         recompute = result["flops"] / result["model_flops"]
         rows.append(("FLOPs", f"{result['flops']:.3g}, {recompute:.2f} times the model's"))
@@ -258,7 +258,7 @@ def describe(result: dict[str, Any]) -> str:
     rows += [("largest", f"{_size(b['bytes'])} {b['array']} {b['from']}") for b in result["largest"]]
     if not result["fits"]:
         rows += [("try", setting) for setting in result["try"]]
-    scarce = memory["limit"] and memory["spare"] < SPARE
+    scarce = found["limit"] and found["spare"] < SPARE
     rows.append(("fits", "no" if not result["fits"] else f"with less than {SPARE:.0%} spare" if scarce else "yes"))
     return "\n".join(f"{label:16}{text}" for label, text in rows)
 
