@@ -68,8 +68,7 @@ def from_model(path: str | os.PathLike) -> Card:
     if (folder / JSON).exists() and not (folder / "checkpoints").is_dir():
         return json.loads((folder / JSON).read_text())
     step = checkpoint.newest(path)
-    config = config_check.from_flat(checkpoint.read_json(step, "config"))
-    tokenizer = None if config.finetune.classes else Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
+    config, tokenizer = checkpoint.read_config(step), checkpoint.read_tokenizer(step)
     if step.parent.name != "checkpoints":
         return describe(config, tokenizer, "weights of unknown training")
     card, run = describe(config, tokenizer, "trained with flip_jax"), step.parent.parent

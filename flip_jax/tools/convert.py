@@ -47,12 +47,11 @@ def from_open_clip(file: str, out: str, settings: str, vocab: str) -> None:
 def to_open_clip(path: str, out: str) -> None:
     """Write the newest step of a run, or one step, as open_clip loads it."""
     step = checkpoint.newest(path)
-    config = config_check.from_flat(checkpoint.read_json(step, "config"))
+    config, tokenizer = checkpoint.read_config(step), checkpoint.read_tokenizer(step)
     if config.finetune.classes:
         raise UserError(
             f"{path} is a classifier (config.finetune.classes), but open_clip holds only models with two towers"
         )
-    tokenizer = Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
     # The decoder only serves training, and open_clip has no place for it.
     model = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, weight=0.0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
