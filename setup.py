@@ -9,10 +9,9 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["flip_jax", "flip_jax.*"]),
     package_data={
-        "flip_jax.tools": ["static/*"],  # the page of `flip demo`
+        "flip_jax": ["static/*"],  # the page of flip_jax.demo
         "flip_jax.evaluators": ["data/*.json"],  # class names and prompts
     },
-    entry_points={"console_scripts": ["flip = flip_jax.tools.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.11",

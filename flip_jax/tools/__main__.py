@@ -87,15 +87,15 @@ def parse(name: str, module: Any, argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name, and return the exit code."""
-    try:
-        name, rest = select(sys.argv[1:] if argv is None else argv)
-        if name in ON_CPU:
-            os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        module = importlib.import_module(f"flip_jax.tools.{name}")
-        return runtime.run(module.main, parse(name, module, rest))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+    return runtime.run(_run, sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv):
+    name, rest = select(argv)
+    if name in ON_CPU:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    module = importlib.import_module(f"flip_jax.tools.{name}")
+    return module.main(parse(name, module, rest))
 
 
 if __name__ == "__main__":
