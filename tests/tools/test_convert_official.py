@@ -52,7 +52,7 @@ def unpack(recorded, folder, index, arrays):
 
 
 def tower(arrays, name, depth):
-    """A tower's weights as `numpy_towers.blocks` takes them, straight from the official names."""
+    """Rename a tower's official weights for `numpy_towers.blocks`."""
     weights = {}
     for i in range(depth):
         block, ours = f"{name}/Transformer/encoderblock_{i:02}", f"x.resblocks.{i}"

@@ -27,10 +27,10 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 """
 
 
-def test_loops_count_as_often_as_they_run():
+def test_loops_count_once_per_iteration():
     module = hlo.Module(LOOP)
     assert module.flops()[0] == 24 * 2 * 4 * 8 * 8
-    assert module.hbm_bytes() == 24 * 2 * (4 * 8 * 4)  # the weight lies in the chip's own memory, S(1)
+    assert module.hbm_bytes() == 24 * 2 * (4 * 8 * 4)  # the weight is in on-chip memory, S(1)
 
 
 IN_PLACE = """HloModule test
@@ -52,12 +52,12 @@ ENTRY %main (all: f32[24,8], i: s32[], one: f32[24,8]) -> f32[24,8] {
 """
 
 
-def test_stacks_of_layers_count_what_is_read_and_written_of_them():
+def test_stacked_layers_count_only_the_slices_read_and_written():
     assert hlo.Module(IN_PLACE).hbm_bytes() == 3 * 8 * 4  # the slice is read once and written twice
 
 
 @pytest.mark.parametrize("precision, passes", [("", 1), (", operand_precision={highest,highest}", 6)])
-def test_batched_product_as_the_tpu_writes_it(precision, passes):
+def test_batched_products_as_tpus_write_them(precision, passes):
     text = (
         "ENTRY %main (a: bf16[1]) -> bf16[1] {\n"
         "  %a = bf16[256,99,16,64]{3,2,1,0} parameter(0)\n"
@@ -99,6 +99,6 @@ ENTRY %main (a: f32[64,8]) -> f32[16,8] {
 """
 
 
-def test_slices_count_what_they_move():
-    # One is copied to the chip's own memory, the other from and to the main one.
+def test_slices_count_only_the_bytes_they_move():
+    # One is copied to on-chip memory, the other from and to main memory.
     assert hlo.Module(SLICED).hbm_bytes() == 16 * 8 * 4 + 2 * 8 * 8 * 4
