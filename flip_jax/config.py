@@ -137,7 +137,7 @@ class MeshConfig:
 class EvalConfig:
     """Evaluation every `every_steps` and at the end (0: never) by `tasks`, each EVALUATOR/DATASET.
 
-    EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.datasets.KNOWN`; NAME=SOURCE,
+    EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.known.KNOWN`; NAME=SOURCE,
     where its pictures lie elsewhere; or SOURCE, a source as in `Data.train`. Where something is fitted on a training
     split, ";train=SOURCE" follows. `classnames` names a file of class names (one a line, or a JSON list) for tasks that
     are a SOURCE, `templates` are prompts with {} for the name; where they are empty, the set's own are used.

@@ -12,7 +12,7 @@ from flip_jax.config import Config
 from flip_jax.evaluators import datasets, needs, zeroshot
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, say
 
 NEEDS = (needs.classifier, needs.labels)
 
@@ -31,6 +31,5 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
     if not hits[2].sum():
         raise UserError(f"{dataset.name}: none of the images of {dataset.test!r} can be used")
     values = zeroshot.accuracies(hits, dataset.metric)
-    if jax.process_index() == 0:
-        print(f"{dataset.name}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %", flush=True)
+    say(f"{dataset.name}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %")
     yield from values.items()

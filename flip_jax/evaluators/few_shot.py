@@ -14,6 +14,7 @@ from flip_jax.config import Config
 from flip_jax.evaluators import linear_probe, needs, zeroshot
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
+from flip_jax.runtime import say
 
 NEEDS = (needs.labels, needs.train_split)
 
@@ -64,5 +65,4 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
             yield f"{shots}shot", float(np.mean(values))
             yield f"{shots}shot_std", float(np.std(values, ddof=1))
             parts.append(f"{shots} shots {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
-    if jax.process_index() == 0:
-        print(f"{dataset.name}: {dataset.metric} (%) of {', '.join(parts)}", flush=True)
+    say(f"{dataset.name}: {dataset.metric} (%) of {', '.join(parts)}")

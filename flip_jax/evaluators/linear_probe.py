@@ -20,7 +20,7 @@ from flip_jax.config import Config
 from flip_jax.evaluators import datasets, needs, zeroshot
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, say
 
 NEEDS = (needs.labels, needs.train_split)
 
@@ -200,8 +200,7 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
         exponent = best_exponent(quality)
         hits = count(make_fit(train, classes, mesh)(10**exponent), place(mesh, *test), mesh)
     values = zeroshot.accuracies(hits, dataset.metric)
-    if jax.process_index() == 0:
-        found = f"top-1 {values['top1']:.2f} % over {len(test[1])} images, penalty 10^{exponent:g}"
-        print(f"{dataset.name}: linear probe {found}", flush=True)
+    result = f"top-1 {values['top1']:.2f} % over {len(test[1])} images, penalty 10^{exponent:g}"
+    say(f"{dataset.name}: linear probe {result}")
     yield from values.items()
     yield "log10_penalty", exponent

@@ -20,7 +20,7 @@ from flip_jax.config import Config
 from flip_jax.evaluators import datasets, needs
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, say
 
 NEEDS = (needs.text_tower, needs.captions)
 
@@ -147,11 +147,7 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
     """Yields the recalls in percent over the whole test split, their mean first."""
     image_NxE, text_MxE, owner_M = embed(encoder, dataset, config)
     values = recalls(*ranks(image_NxE, text_MxE, owner_M, encoder.mesh))
-    if jax.process_index() == 0:
-        r1, r2 = values["text_recall@1"], values["image_recall@1"]
-        print(
-            f"{dataset.name}: text recall@1 {r1:.2f} % image recall@1 {r2:.2f} % over {len(image_NxE)} images and "
-            f"{len(text_MxE)} captions",
-            flush=True,
-        )
+    r1, r2 = values["text_recall@1"], values["image_recall@1"]
+    counts = f"over {len(image_NxE)} images and {len(text_MxE)} captions"
+    say(f"{dataset.name}: text recall@1 {r1:.2f} % image recall@1 {r2:.2f} % {counts}")
     yield from values.items()

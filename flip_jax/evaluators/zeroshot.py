@@ -12,7 +12,7 @@ from flip_jax.config import Config
 from flip_jax.evaluators import datasets, needs
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, say
 
 NEEDS = (needs.text_tower, needs.labels, needs.class_names, needs.prompts)
 
@@ -80,6 +80,5 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
     if not hits[2].sum():
         raise UserError(f"none of the {read} images of {dataset.test!r} that this process read can be used")
     values = accuracies(hits, dataset.metric)
-    if jax.process_index() == 0:
-        print(f"{dataset.name}: {summary(values['top1'], values['top5'], len(classes))}", flush=True)
+    say(f"{dataset.name}: {summary(values['top1'], values['top5'], len(classes))}")
     yield from values.items()

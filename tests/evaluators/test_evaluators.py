@@ -1,5 +1,6 @@
 """Tasks, datasets, labels and zero-shot accuracies, against values computed by NumPy from the embeddings."""
 
+import dataclasses
 import io
 import json
 import re
@@ -11,6 +12,7 @@ from etils import epath
 from helpers import REPO, SIZE, Known, eval_config, picture, run_command, unit, write_samples
 
 from flip_jax import evaluators
+from flip_jax.config import FinetuneConfig
 from flip_jax.evaluators import datasets, known
 from flip_jax.runtime import UserError
 
@@ -312,9 +314,24 @@ def test_training_split(tfds_dir):
         next(datasets.labelled(dataset, settings, "train"))
 
 
+@pytest.mark.parametrize(
+    "evaluator, classes, message",
+    [
+        ("zeroshot", 5, "a fine-tuned classifier reads no text; use classify, linear_probe or few_shot"),
+        ("retrieval", 5, "a fine-tuned classifier reads no text; use classify, linear_probe or few_shot"),
+        ("classify", 0, r"the model is not a classifier \(config.finetune.classes is 0\)"),
+    ],
+)
+def test_tasks_that_do_not_suit_the_model_are_refused(classified, evaluator, classes, message):
+    config = dataclasses.replace(eval_config(), finetune=FinetuneConfig(classes=classes))
+    with pytest.raises(UserError, match=message):
+        evaluators.find(f"{evaluator}/{classified[0]}", config)
+
+
 LOADED = """
 import sys
 from flip_jax import evaluators
+from flip_jax.config import FinetuneConfig
 from flip_jax.config import Config, EvalConfig
 evaluators.check(Config(eval=EvalConfig(every_steps={every_steps}, tasks={tasks})))
 print(*sys.modules)

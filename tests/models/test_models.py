@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
+from flip_jax import models
+from flip_jax.config import Config
 from flip_jax.models import transformer
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
