@@ -285,6 +285,15 @@ class Known:
         return np.stack([self.texts.get(text, np.zeros(width)) for text in texts]).astype(np.float32)
 
 
+def recorded_parameters(name):
+    """Arrays recorded from the official code under its names: params, grads_step0 or params_after_step2."""
+    arrays = {}
+    for tower in ("image", "text"):
+        with np.load(FIXTURES / "official" / f"{name}_{tower}.npz") as file:
+            arrays |= file
+    return arrays
+
+
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import recorded_parameters
 
 from flip_jax import losses, masking, optim, sharding, train_step
 from flip_jax.config import Config, ImageConfig, MeshConfig, ModelConfig, OptimConfig, TextConfig
@@ -60,7 +61,7 @@ def test_parameters_have_the_official_names_and_shapes(recorded, load_recipe, re
 
 def test_embeddings_and_loss_of_intact_pictures(recorded, program):
     inputs, outputs = arrays(recorded / "inputs.npz"), arrays(recorded / "eval_outputs.npz")
-    model = nnx.merge(program.graphdef, unflatten_dict(to_ours(arrays(recorded / "params.npz")), sep="/"))
+    model = nnx.merge(program.graphdef, unflatten_dict(to_ours(recorded_parameters("params")), sep="/"))
     image, text = model.encode_image(inputs["image"]), model.encode_text(inputs["txt"])
     close(image, outputs["z_img"], 1e-5, "image")
     close(text, outputs["z_txt"], 1e-5, "text")
@@ -69,7 +70,7 @@ def test_embeddings_and_loss_of_intact_pictures(recorded, program):
 
 def test_three_optimiser_steps(recorded, program, monkeypatch):
     inputs, steps = arrays(recorded / "inputs.npz"), arrays(recorded / "train_steps.npz")
-    params = jax.tree.map(jnp.asarray, unflatten_dict(to_ours(arrays(recorded / "params.npz")), sep="/"))
+    params = jax.tree.map(jnp.asarray, unflatten_dict(to_ours(recorded_parameters("params")), sep="/"))
     state = train_step.TrainState(jnp.int32(0), params, optim.make_optimizer(CONFIG).init(params))
     for step in range(3):
         keep = masking.smallest(jnp.asarray(steps[f"noise_step{step}"]), 8)
@@ -78,7 +79,7 @@ def test_three_optimiser_steps(recorded, program, monkeypatch):
         if step == 0:
             loss_and_grads = train_step.make_loss_and_grads(program.graphdef, 1)
             _, grads = loss_and_grads(state.params, inputs["image"], inputs["txt"], jax.random.key(0))
-            theirs = to_ours(arrays(recorded / "grads_step0.npz"))
+            theirs = to_ours(recorded_parameters("grads_step0"))
             for name, grad in flatten_dict(grads, sep="/").items():
                 if "key/bias" not in name:  # mathematically 0: rounding noise only
                     close(grad, theirs[name], 1e-4, name)
@@ -87,7 +88,7 @@ def test_three_optimiser_steps(recorded, program, monkeypatch):
         state, metrics = program.step(state, inputs["image"], inputs["txt"])
         np.testing.assert_allclose(metrics["loss"], steps["loss"][step], atol=1e-6)
         np.testing.assert_allclose(metrics["learning_rate"], steps["learning_rate"][step], rtol=1e-6)
-    theirs = to_ours(arrays(recorded / "params_after_step2.npz"))
+    theirs = to_ours(recorded_parameters("params_after_step2"))
     for name, value in flatten_dict(state.params, sep="/").items():
         if "key/bias" not in name:
             close(value, theirs[name], 1e-5, name)
@@ -95,7 +96,7 @@ def test_three_optimiser_steps(recorded, program, monkeypatch):
 
 def test_logit_scale_is_clipped_and_its_gradient_halved_at_a_bound(recorded, program):
     inputs = arrays(recorded / "inputs.npz")
-    params = unflatten_dict(to_ours(arrays(recorded / "params.npz")), sep="/")
+    params = unflatten_dict(to_ours(recorded_parameters("params")), sep="/")
 
     def loss(logit_scale, **rest):
         model = nnx.merge(program.graphdef, params | {"logit_scale": logit_scale})
