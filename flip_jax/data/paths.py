@@ -25,15 +25,18 @@ def is_remote(path: str) -> bool:
 
 def open_file(path: str) -> BinaryIO:
     """Opens a buffered, seekable binary file. Opening it and reading from it raise no errors but OSError."""
-    return io.BufferedReader(_RemoteFile(path), BUFFER) if is_remote(path) else open(path, "rb", buffering=BUFFER)
+    if not is_remote(path):
+        return open(path, "rb", buffering=BUFFER)
+    filesystem, name = _ask_store(fsspec.url_to_fs, path)
+    file = _ask_store(filesystem.open, name, "rb", block_size=BLOCK, cache_type="readahead")
+    return io.BufferedReader(_RemoteFile(file), BUFFER)
 
 
 class _RemoteFile(io.RawIOBase):
     """Reads a file of a remote store, and raises every failure of the store as an OSError."""
 
-    def __init__(self, path):
-        filesystem, name = _ask_store(fsspec.url_to_fs, path)
-        self._file = _ask_store(filesystem.open, name, "rb", block_size=BLOCK, cache_type="readahead")
+    def __init__(self, file):
+        self._file = file
 
     def readable(self):
         return True
@@ -53,8 +56,7 @@ class _RemoteFile(io.RawIOBase):
         return self._file.tell()
 
     def close(self):
-        if not self.closed:
-            self._file.close()
+        self._file.close()
         super().close()
 
 

@@ -275,7 +275,7 @@ def test_shards_of_a_remote_store(tmp_path, no_waiting):
         assert [r["texts"] for r in records("webdataset", pattern)] == [[f"picture {i}"] for i in range(4)]
     both = summary(records("webdataset", "memory://bucket/{0..1}.tar"))
     assert len(both) == 5 and both[4] == ("1.tar", None, "unreadable shard")
-    with pytest.raises(ValueError, match="1 of 1 shards are not there"):
+    with pytest.raises(ValueError, match="1 of 1 shards are missing"):
         records("webdataset", "memory://nowhere/*.tar")
     with pytest.raises(ValueError, match="cannot be listed"):
         records("webdataset", "nonesuch://bucket/0.tar")

@@ -11,7 +11,7 @@ def test_fifty_thousand_shards_are_listed_with_one_listing_of_their_folder(tmp_p
     listed = []
     listing = paths.os.listdir
     monkeypatch.setattr(paths.os, "listdir", lambda folder: listed.append(folder) or listing(folder))
-    with pytest.raises(ValueError, match="49997 of 50000 shards are not there, first '.*/00002.tar'"):
+    with pytest.raises(ValueError, match="49997 of 50000 shards are missing, first '.*/00002.tar'"):
         paths.expand(f"{tmp_path}/{{00000..49999}}.tar")
     assert len(listed) == 1
 

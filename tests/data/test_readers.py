@@ -64,10 +64,10 @@ def test_patterns_expand_as_in_webdataset(tmp_path):
     for source, message in (
         (
             f"webdataset:{tmp_path}/a-{{08..12}}.tar",
-            r"config.data.train .*2 of 5 shards are not there, first .*a-11.tar",
+            r"config.data.train .*2 of 5 shards are missing, first .*a-11.tar",
         ),
-        (f"webdataset:{tmp_path}/c*.tar", r"1 of 1 shards are not there, first .*c\*.tar"),
-        (f"webdataset:{tmp_path}/nowhere/0.tar", "1 of 1 shards are not there"),
+        (f"webdataset:{tmp_path}/c*.tar", r"1 of 1 shards are missing, first .*c\*.tar"),
+        (f"webdataset:{tmp_path}/nowhere/0.tar", "1 of 1 shards are missing"),
         (f"{tmp_path}/a-08.tar", r"config.data.train must be \"KIND:REST\" with KIND one of webdataset, tfrecord"),
         ("", "config.data.train must be"),
         ("webdataset:", "config.data.train must be"),
