@@ -266,11 +266,10 @@ def test_resizing_equals_encoding_a_picture_resized_elsewhere():
     assert np.abs(masking.resize(image, 16).astype(int) - smaller).max() <= 1
     table = np.asarray(model.image.pos_embed[0])
     by_channel = by_pillow(table[1:].reshape(4, 4, -1).transpose(2, 0, 1), 2).reshape(1, 4, -1)
-    np.testing.assert_allclose(
-        resize_positions(table[None], 2)[:, 1:], by_channel, atol=1e-5
-    )  # Pillow computes in f32, too
+    np.testing.assert_allclose(resize_positions(table[None], 2)[:, 1:], by_channel, atol=helpers.EMBEDDING)
     small = FLIP(helpers.model_with(image_image_size=16), nnx.Rngs(0))
     small.image.pos_embed[...] = jnp.concatenate([table[None, :1], by_channel], axis=1)
+    # A few of 768 pixels are rounded the other way, each by 1 of 255.
     np.testing.assert_allclose(ours, small.encode_image(smaller), atol=5e-3)
 
 
