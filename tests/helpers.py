@@ -184,6 +184,12 @@ def samples(count, start=0):
         yield from ((f"{i:05}.png", png(i)), (f"{i:05}.txt", f"picture {i}".encode()), (f"{i:05}.cls", b"%d" % (i % 7)))
 
 
+# Tolerances for values that two f32 programs sum in another order. Rounding is 6e-8, and the towers of these tests sum
+# at most 192 terms: at worst 192 x 6e-8 = 1e-5 of an embedding, whose entries are below 1, typically sqrt(192) x 6e-8
+# = 1e-6. A logit is 1 / 0.07 times a cosine, which makes 2e-5 of losses near 4. Parameters move by less.
+EMBEDDING = 1e-5  # absolute
+LOSS = 1e-5  # relative, of losses and of parameters after a few steps
+
 BATCH = 8
 WORDS = ("[PAD]", "[UNK]", "picture", "a", "red", *"0123456789", *(f"##{i}" for i in range(10)))
 

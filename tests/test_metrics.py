@@ -211,8 +211,9 @@ def test_the_logits_are_those_of_the_embeddings_on_any_layout(loss):
     by_hand += -10.0 if loss == "sigmoid" else 0.0
     for devices in (1, 8):
         histograms, _ = taken(model, image, text, devices)
-        np.testing.assert_allclose(histograms["logits/pairs"], np.diag(by_hand), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(histograms["logits/others"], by_hand[~np.eye(16, dtype=bool)], rtol=1e-5, atol=1e-5)
+        # Embeddings within 5e-6 move both sides of a cosine, and 1 / 0.07 multiplies it.
+        np.testing.assert_allclose(histograms["logits/pairs"], np.diag(by_hand), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(histograms["logits/others"], by_hand[~np.eye(16, dtype=bool)], rtol=0, atol=1e-4)
 
 
 def taken(model, image, text, devices):
