@@ -68,7 +68,7 @@ class ModelConfig:
     text: TextConfig = TextConfig()
     decoder: DecoderConfig = DecoderConfig()
     embed_dim: int = 512
-    temperature: float = 1 / 0.07  # initial exp(logit_scale), clipped at 100 in the loss
+    init_logit_scale: float = 1 / 0.07  # initial exp(logit_scale), an inverse temperature; the loss clips it at 100
     activation: str = "gelu_tanh"  # the official approximation; "gelu"; or "quick_gelu", OpenAI's
     norm_eps: float = 1e-6
     loss: str = "info_nce"  # or "sigmoid" (SigLIP), with a learned bias

@@ -1,20 +1,25 @@
-"""Which image patches and which text tokens a training step encodes.
+"""What the towers see of a batch: patches, and which of them and of the tokens a training step encodes.
 
-A strategy is one function and its name in `STRATEGIES` or `TEXT_STRATEGIES`. All return int32 positions [B, keep], each
-row without repeats, and use noise that depends on the key and the row in the global batch only, not on how the batch is
-split over devices.
+`see` decides once per step, for the whole batch and before microbatches are split; the towers get what is left and
+never see the rest.
+
+A strategy is one function and its name in `STRATEGIES` or `TEXT_STRATEGIES`. It returns int32 positions [B, keep], each
+row without repeats, and draws noise that depends on the key and the row in the global batch only, so that masks do not
+depend on how the batch is split over devices.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flip_jax.config import ImageConfig, TextConfig
+from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 
 PAD = 0
+GREY = 225  # of the patches that are not seen, where they are drawn
 SIGMA = 0.8  # of `centred`, in half sides of the picture: the widest that GLIP's authors show
 BLOCK_ASPECT = 0.3  # sides of `block` are within this ratio and its inverse (BEiT)
 ANCHORS = 0.05  # share of the patches that `cluster` draws as anchors (2405.08815: less than 5 %)
@@ -164,6 +169,69 @@ TEXT_STRATEGIES: dict[str, Strategy] = {
     "block": token_block,
     "frequency": frequency,
 }
+
+
+class View(NamedTuple):
+    """What the towers see of a batch of B pairs. Positions are those in the whole image or caption; None: all of it."""
+
+    patch_BxKxP: jax.Array  # the pixels of the visible patches
+    position_BxK: jax.Array | None
+    token_BxK: jax.Array
+    token_position_BxK: jax.Array | None
+    all_BxLxP: jax.Array | None = None  # every patch: what the decoder reconstructs
+
+
+def see(model: ModelConfig, key: jax.Array, image_BxHxWx3: jax.Array, token_BxT: jax.Array) -> View:
+    """What a training step sees of uint8 images and int32 tokens; `key` is the step's own."""
+    patches = see_image(model.image, key, image_BxHxWx3)
+    tokens = see_text(model.text, jax.random.fold_in(key, 1), token_BxT)
+    every = patchify(image_BxHxWx3, model.image.patch_size) if model.decoder.weight else None
+    return View(*patches, *tokens, every)
+
+
+def see_image(config: ImageConfig, key: jax.Array, image_BxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The pixels of the visible patches [B, K, P], and their positions [B, K]."""
+    if config.mask_ratio and config.mask == "resize":
+        image_BxHxWx3 = resize(image_BxHxWx3, math.isqrt(config.visible_patches) * config.patch_size)
+    patch_BxLxP = patchify(image_BxHxWx3, config.patch_size)
+    if config.mask_ratio == 0 or config.mask == "resize":
+        return patch_BxLxP, None
+    position_BxK = STRATEGIES[config.mask](key, patch_BxLxP, config.visible_patches)
+    return gather(patch_BxLxP, position_BxK), position_BxK
+
+
+def see_text(config: TextConfig, key: jax.Array, token_BxT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The tokens that stay [B, K], and their positions [B, K], rising."""
+    if config.mask_ratio == 0:
+        return token_BxT, None
+    position_BxK = TEXT_STRATEGIES[config.mask](key, token_BxT, config.visible_tokens)
+    return jnp.take_along_axis(token_BxT, position_BxK, axis=1), position_BxK
+
+
+def patchify(image_BxHxWx3: jax.Array, patch_size: int) -> jax.Array:
+    """Non-overlapping patches in row order, each flattened as (row, column, channel): [B, L, patch_size**2 * 3]."""
+    batch, height, width, channels = image_BxHxWx3.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = image_BxHxWx3.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+def gather(patch_BxLxP: jax.Array, position_BxK: jax.Array) -> jax.Array:
+    """The patches at these positions. Pixels are gathered, so that the embedding costs the visible share only."""
+    return jnp.take_along_axis(patch_BxLxP, position_BxK[:, :, None], axis=1)
+
+
+def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) -> np.ndarray:
+    """The uint8 image [S, S, 3] that visible patches show, with the `grid` x `grid` patches' others in light grey.
+
+    Without positions the patches are a whole image of their own size.
+    """
+    if position_K is None:
+        grid, position_K = math.isqrt(len(patch_KxP)), np.arange(len(patch_KxP))
+    side = math.isqrt(patch_KxP.shape[1] // 3)
+    patch_LxP = np.full((grid**2, patch_KxP.shape[1]), GREY, np.uint8)
+    patch_LxP[position_K] = patch_KxP
+    return patch_LxP.reshape(grid, grid, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(grid * side, grid * side, 3)
 
 
 def check(image: ImageConfig, text: TextConfig) -> None:

@@ -5,6 +5,7 @@ import collections
 import copy
 import functools
 import itertools
+import logging
 import os
 import random
 import re
@@ -20,6 +21,9 @@ import numpy as np
 from flip_jax.config import Config
 from flip_jax.data import sources, transforms
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.runtime import UserError
+
+_log = logging.getLogger(__name__)
 
 PREFETCH = 2  # batches ready before they are asked for
 SLICE = 16  # records that a thread decodes at a time
@@ -115,6 +119,32 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
         texts = (text for record in records for text in record.get("texts", []))
         captions += itertools.islice(texts, limit // len(mixture))
     return captions
+
+
+def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer | None:
+    """The tokenizer of a run: its checkpoint's `saved` one, else `config.data.vocab`'s, else one trained on captions.
+
+    None where a classifier is trained, which reads no text.
+
+    Raises:
+      UserError: it has more entries than `config.model.text.vocab_size`.
+    """
+    if config.finetune.classes:
+        return None
+    size = config.model.text.vocab_size
+    if saved:
+        tokenizer = saved
+    elif config.data.vocab:
+        tokenizer = Tokenizer.from_vocab(config.data.vocab)
+    else:
+        _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
+        tokenizer = Tokenizer.train(caption_sample(config), size)
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"config.model.text.vocab_size {size} is less than the tokenizer's {tokenizer.vocab_size} entries "
+            f"({config.data.vocab}); raise it to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
 
 
 class _Batches(grain.IterDataset):
