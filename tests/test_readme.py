@@ -27,7 +27,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 SETTINGS = config_check.flatten(config_lib.Config())
 INVENTED = ("configs/RECIPE.py", "configs/flip_b32.py")  # a placeholder, and the example of docs/extend.md
 # Programs of others, whose options cannot be checked here.
-OTHERS = "clip_benchmark_export_wds curl docker img2dataset ssh-add tensorboard tfds wandb xprof".split()
+OTHERS = "clip_benchmark_export_wds curl docker img2dataset pre-commit ssh-add tensorboard tfds wandb xprof".split()
 
 
 def commands(page):
@@ -92,7 +92,7 @@ def check_pip(words):
             extras = text.partition("extras_require")[2]
             assert f'"{match[1]}": [' in extras, f"setup.py has no extra {match[1]}"
         else:
-            assert word in ("-e", ".", "xprof", "clip-benchmark"), word
+            assert word in ("-e", ".", "xprof", "clip-benchmark", "pre-commit"), word
 
 
 def check_launch(words):
@@ -111,7 +111,7 @@ def check(words):
     """Fail at a program, option, setting, file or extra that does not exist."""
     program, *rest = words
     if program == "make":
-        for target in rest:
+        for target in (word for word in rest if "=" not in word):
             assert re.search(rf"^{re.escape(target)}:", (REPO / "Makefile").read_text(), re.MULTILINE), target
     elif program == "pip":
         check_pip(rest)
