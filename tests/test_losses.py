@@ -11,7 +11,6 @@ from flip_jax import losses, sharding
 from flip_jax.config import MeshConfig
 from flip_jax.tools import hlo
 
-
 EPS = 2.0**-24  # the rounding of an f32 number near 1
 
 
@@ -21,7 +20,7 @@ def dense(image, text, scale):
     rows, cosine = len(image), image @ text.T
     total, grad_cosine = 0.0, np.zeros_like(cosine)
     for axis in (0, 1):
-        relative = scale * (cosine - np.expand_dims(np.diag(cosine), 1 - axis))
+        relative = scale * (cosine - np.expand_dims(np.diag(cosine), axis))
         largest = relative.max(axis=axis, keepdims=True)
         log_sum = largest + np.log(np.sum(np.exp(relative - largest), axis=axis, keepdims=True))
         softmax = np.exp(relative - log_sum)
