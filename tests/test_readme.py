@@ -303,6 +303,8 @@ def test_the_readme_from_shards_to_a_classifier(shards, tmp_path):
             words = [word.replace(old, new) for word in words]
         program = ["-m", "flip_jax"] if words[0] == "flip" else [str(REPO / "main.py")]
         rest = words[1:] if words[0] == "flip" else words[2:]
+        changed = {word.partition("=")[0] for word in RUN[start]}
+        rest = [word for word in rest if word.partition("=")[0] not in changed]
         command = [sys.executable, *program, *rest, *RUN[start]]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
