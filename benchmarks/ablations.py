@@ -52,12 +52,12 @@ TABLE = (
     ("f. reconstruction", "mask 0.5", "mask 0.5, reconstruction", 69.4),
     ("f. reconstruction", "mask 0.75", "mask 0.75, reconstruction", 67.9),
 )
-HEADER = """# The paper's ablations, small
+HEADER = """# The paper's ablations, scaled down
 
 Written by `python -m benchmarks.ablations --workdir=DIR`: a FLIP of 128 x 4 layers on 64 px emoji, {samples:,} samples
 per run, {seeds} seeds; zero-shot on the 1,890 classes of another vendor's drawings, in percent, mean and standard
-deviation over seeds. The last column is the paper's top-1 on ImageNet-1K with L/16 after 6.4 epochs of LAION-400M. The
-two share only the method, so compare the order within a table, and only where it is clear of the spread.
+deviation over seeds. The last column is the paper's top-1 on ImageNet-1K, for L/16 after 6.4 epochs of LAION-400M. The
+two share little except the method: compare the order within a table, and only where it is beyond the spread.
 
 | table | row | top-1 | top-5 | seeds | paper |
 |---|---|---|---|---|---|

@@ -22,29 +22,30 @@ from tqdm import tqdm
 
 from benchmarks import pages, turns
 
-KEYS = ("device", "model", "batch", "framework", "attention", "mask")  # they identify a row
-OFFICIAL = ("2 CPU cores", "vit_s16", 32)  # device, model and batch that OFFICIAL_NOTE compares with
-HEADER = """# Performance
+KEYS = ("device", "model", "batch", "framework", "attention", "mask")  # what a row is known by
+OFFICIAL = ("2 CPU cores", "vit_s16", 32)  # device, model and batch of what OFFICIAL_NOTE compares with
+HEADER = """# Lab notes on performance
 
-Written by `python -m benchmarks.step_time --peer_python=PYTHON`: one train step (forward, backward, AdamW) on random
-data that are already on the device, flip_jax next to open_clip with patch dropout at the same sizes and batch, in turn
-in the same call. Medians over rounds, with the fastest and the slowest in brackets. CPUs use f32, one thread per core,
-`model.unroll`, and the malloc settings named below; other devices use bf16, and open_clip is compiled. `vit_s16` is
-ViT-S/16 at 224 px with a text tower of 256 x 4 layers. FLOPs are the model's, without recompute. MFU is their rate as
-a share of the data sheet's bf16 peak, or, on CPUs, of the median rate of XLA's f32 product of 2,048 x 2,048 matrices
-in the same rounds. The paper reports, for L/16 on TPU v3 and batches that double from mask to mask, times of
+What users need is in [performance.md](../performance.md). The table is written by
+`python -m benchmarks.step_time --peer_python=PYTHON`: one train step (forward, backward, AdamW) on random data that are
+already on the device, flip_jax next to open_clip with patch dropout at the same sizes and batch, in alternation in the
+same call. Medians over rounds, with the fastest and the slowest in brackets. On CPUs in f32, with as many threads as
+cores, `model.unroll`, and the malloc settings of that page; elsewhere in bf16, open_clip compiled. `vit_s16` is
+ViT-S/16 at 224 px with a text tower of 256 x 4 layers. FLOPs are the model's, without recompute; MFU is their rate as
+a share of the data sheet's bf16 peak, and on CPUs as a share of the median rate of XLA's f32 product of 2,048 x 2,048
+matrices in the same rounds. The paper reports, for L/16 on TPU v3 and batches that double from mask to mask, times of
 1.00 / 0.50 / 0.33 and FLOPs of 1.00 / 0.52 / 0.28.
 {official}
-![Images per second and time of a step](images/step_time.png)
+![Images per second and time per step](../images/step_time.png)
 
-| device | model | batch | | mask | images/s | ms per step | MFU | time of mask 0 | FLOPs of mask 0 | x open_clip |
+| device | model | batch | | mask | images/s | ms per step | MFU | time vs mask 0 | FLOPs vs mask 0 | x open_clip |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 OFFICIAL_NOTE = """
 The official code (t5x on jax 0.4.13, f32) was measured once, outside this script, at the sizes of the CPU rows on a
 machine of the same kind: 18.5 / 8.2 to 9.0 / 4.2 s per step at mask 0 / 0.5 / 0.75, which is 1.7 / 3.6 to 3.9 / 7.6
-images/s. There, open_clip ran at 4.5 / 9.7 / 18 images/s in another call: the official code has about 0.4 of its speed.
-Compare such ratios, not images/s, because the speed of these machines drifts.
+images/s. In another call on that machine open_clip reached 4.5 / 9.7 / 18: the official code has about 0.4 of its
+speed. Compare these ratios, not images/s, because the speed of these machines drifts.
 """
 
 
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--peer_python", help="Python of an environment with open_clip")
     parser.add_argument("--seconds", type=int, default=570, help="stop after this time")
     parser.add_argument("--results", type=pathlib.Path, default="docs/step_time.jsonl", help="one line per row")
-    parser.add_argument("--table", type=pathlib.Path, default="docs/performance.md", help="the page to write")
+    parser.add_argument("--table", type=pathlib.Path, default="docs/notes/performance.md", help="the page to write")
     parser.add_argument("--chart", type=pathlib.Path, default="docs/images/step_time.png", help="the chart to draw")
     arguments = parser.parse_args()
     plt.switch_backend("agg")

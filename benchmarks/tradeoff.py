@@ -38,9 +38,10 @@ HEADER = """# Accuracy against time
 
 Written by `python -m benchmarks.tradeoff --workdir=DIR`: the paper's figure 1 with a FLIP of {width} x {depth} layers
 on 64 px emoji, zero-shot on the 1,890 classes of another vendor's drawings, in percent, mean and standard deviation
-over seeds. Batches of 128, 256 and 512 at mask 0, 0.5 and 0.75, as in the paper's table 1a; each length is a separate
-run with its own schedule. Time is steps times the median time of a step, input pipeline included, over {rounds} rounds
-in turn on {device}: {steps}. Compiling, evaluating and saving are excluded.
+over seeds. Batches of 128, 256 and 512 at mask 0, 0.5 and 0.75, as in the paper's table 1a; each length is its own run
+with its own schedule. Time is the number of steps times the median step time, input pipeline included, over {rounds}
+rounds in alternation on {device}: {steps}.
+Compiling, evaluating and saving are not counted.
 
 ![Accuracy against time](images/tradeoff.png)
 
@@ -48,8 +49,8 @@ in turn on {device}: {steps}. Compiling, evaluating and saving are excluded.
 |---|---|---|---|---|---|
 """
 SPEED_UP = """
-Speed-up: the time of the longest unmasked run divided by the time that masked training needs for the same accuracy,
-interpolated linearly between the means; in brackets for each seed. The paper's {paper} is for L/16 on LAION-400M at its
+Speed-up: the time of the longest unmasked run over the time in which a masked one reaches its accuracy, by linear
+interpolation between the means; in brackets each seed by itself. The paper's {paper} is for L/16 on LAION-400M at its
 baseline's best accuracy.
 
 | mask | at top-1 | at top-5 | paper |
