@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flip_jax import config as config_lib
-from flip_jax import config_check
+from flip_jax import config_check, masking
 from flip_jax.models.flip import FLIP
 
 BATCH = 8
@@ -31,7 +31,7 @@ def tower_flops(settings: config_lib.ModelConfig) -> float:
     @jax.jit
     def encode(params, image, key):
         model = nnx.merge(graphdef, params)
-        return model.encode_image(image, model.masks(image, None, key)[0])
+        return model.encode_patches(*masking.see_image(settings.image, key, image))
 
     return encode.lower(params, image, key).compile().cost_analysis()["flops"]
 

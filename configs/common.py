@@ -1,15 +1,18 @@
-"""What every recipe starts from, and the tower sizes of the paper.
+"""What every recipe starts from, the tower sizes of the paper, and the variants of a recipe.
 
-A recipe's `get_config(arg)` takes "key=value,key=value" after a colon, dotted keys included:
-`--config=configs/flip_l16.py:model.image.mask_ratio=0.75,seed=1`.
+A recipe's `get_config(arg)` takes what follows a colon: variants and "key=value" with dotted keys, separated by commas:
+`--config=configs/flip_l16.py:unmasked,model.image.mask_ratio=0.25,seed=1`.
 """
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
+from flip_jax import config_check
 from flip_jax.config import Config
+from flip_jax.runtime import UserError
 
 # width, depth and heads of the image and text towers, and the embedding. Paper, section 4.
 SIZES = {
@@ -34,8 +37,8 @@ def get_config(size: str = "b", patch_size: int = 16, mask_ratio: float = 0.5) -
     return config
 
 
-def unmasked(config: ConfigDict) -> ConfigDict:
-    """The paper's unmasked tuning of trained weights (`init_from`): 128 million samples with a fresh optimiser.
+def unmasked(config: ConfigDict) -> None:
+    """The paper's unmasked tuning of trained weights (`init_from`): 128 million samples with a fresh optimizer.
 
     The weights may come from another image or patch size: the paper tunes its L/14 from L/16.
     """
@@ -43,36 +46,42 @@ def unmasked(config: ConfigDict) -> ConfigDict:
     config.optim.base_learning_rate = 4e-8
     config.warmup_samples = 25_600_000
     config.total_samples = 128_000_000
-    return config
 
 
-def laion2b(config: ConfigDict) -> ConfigDict:
+def laion2b(config: ConfigDict) -> None:
     """The rate and length of the long LAION-2B runs (official code): half the rate, 25.6 billion samples."""
     config.optim.base_learning_rate = 2e-6
     config.total_samples = 25_600_000_000
-    return config
 
 
-def with_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
-    """Applies "key=value,key=value"; values are JSON, or else plain strings.
+VARIANTS = {"unmasked": unmasked, "laion2b": laion2b}  # of a pre-training recipe
+
+
+def with_arg(
+    config: ConfigDict, arg: str | None, variants: Mapping[str, Callable[[ConfigDict], None]] = VARIANTS
+) -> ConfigDict:
+    """Applies "VARIANT,key=value,key=value" in this order; values are JSON, or else plain strings.
 
     Raises:
-      ValueError: a part without "=".
-      KeyError: a key that is no setting.
+      UserError: a part that is neither a variant nor key=value, or an unknown key.
     """
     for part in filter(None, (arg or "").split(",")):
         key, equals, text = part.partition("=")
+        if part in variants:
+            variants[part](config)
+            continue
         if not equals:
-            raise ValueError(f"--config=...:{arg}: {part!r} is not of the form key=value")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
+            known = f"a variant ({', '.join(variants)}) or " if variants else ""
+            raise UserError(f"--config=...:{arg}: {part!r} must be {known}key=value")
         *groups, leaf = key.split(".")
         node = config
         for group in groups:
             node = node.get(group) if isinstance(node, ConfigDict) else None
         if not isinstance(node, ConfigDict) or leaf not in node:
-            raise KeyError(f"config.{key}, in {arg!r}, is unknown")
+            raise UserError(f"{config_check.unknown(key) or f'config.{key} is unknown'}, in --config=...:{arg}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
         node[leaf] = float(value) if isinstance(node[leaf], float) and isinstance(value, int) else value
     return config

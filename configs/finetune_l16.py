@@ -6,7 +6,7 @@ MAE, arXiv 2111.06377, table 9; its RandAugment and drop path are not here.
 from configs import common
 
 
-def get_config(arg: str = ""):
+def get_config(arg=None):
     config = common.get_config("l", 16, 0.0)
     config.data.train = "tfds:imagenet2012/train"
     config.data.crop_area = (0.08, 1.0)
@@ -19,4 +19,4 @@ def get_config(arg: str = ""):
     config.finetune.classes = 1000
     config.eval.tasks = ("classify/imagenet",)
     config.eval.every_steps = 6255  # 5 epochs
-    return common.with_arg(config, arg)
+    return common.with_arg(config, arg, variants={})

@@ -1,4 +1,4 @@
-"""A small FLIP on the embedded emoji: minutes on two CPU cores; the test pictures are another vendor's drawings."""
+"""A small FLIP on the embedded emoji: minutes on two CPU cores; the test images are another vendor's drawings."""
 
 from configs import common
 
@@ -23,4 +23,4 @@ def get_config(arg=None):
     config.eval.every_steps = 70
     config.checkpoint.every_steps = 70
     config.log.every_steps = 10
-    return common.with_arg(config, arg)
+    return common.with_arg(config, arg, variants={})

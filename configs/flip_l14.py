@@ -1,4 +1,4 @@
-"""FLIP L/14: as L/16 with patches of 14 pixels."""
+"""FLIP L/14: as L/16 with patches of 14 pixels; `:unmasked` is the paper's tuning from the weights of flip_l16."""
 
 from configs import common
 

@@ -1,6 +1,6 @@
-"""Checkpoints: train state, data position, tokenizer and settings of a step, saved together by Orbax.
+"""Checkpoints: train state, data position, tokenizer and config of a step, saved together by Orbax.
 
-A step lies under WORKDIR/checkpoints/STEP; it appears there only when it is complete.
+A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is complete.
 """
 
 import logging
@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import config as config_lib
 from flip_jax import config_check
 from flip_jax.config import Config, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
+from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,10 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
         self.directory = _absolute(workdir) / "checkpoints"
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} cannot be made or written to: {error}; use another folder") from error
         # Naming the processes makes Orbax 0.12 meet at the coordination service; else each of its barriers is a
         # computation on all devices, which may run beside a step and lock it.
         processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
@@ -63,26 +66,27 @@ class Checkpoints:
         )
         return type(state)(**self._manager.restore(self.latest(), args=args)["state"])
 
-    def read(self, item: str) -> Any:
-        """The JSON item ("config" or "tokenizer") of the newest step."""
-        return read_json(self.directory / str(self.latest()), item)
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the newest step; None for a classifier, which reads no text, and where there is no step."""
+        return None if self.latest() is None else read_tokenizer(self.directory / str(self.latest()))
 
     def check_config(self, config: Config):
-        """Refuses to go on with a run of other settings than those that its newest checkpoint was written with.
+        """Refuses to resume a run whose newest checkpoint was written with other settings.
 
-        A setting that there was not yet counts as its default, which is what was done before there was a choice.
+        A setting that did not exist yet counts as its default, which is what was done before there was a choice.
 
         Raises:
-          ValueError: the settings that differ, both values.
+          UserError: the settings that differ, both values.
         """
-        written = config_check.flatten(config_lib.Config()) | self.read("config")
+        saved = _read_json(self.directory / str(self.latest()), "config")
+        written = config_check.flatten(Config()) | config_check.current_names(saved)
         differences = [
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
             for key, saved, ours in _differences(written, config_check.flatten(config))
             if not key.startswith(config_check.RESUMABLE_CHANGES)
         ]
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} holds checkpoints of a run with other settings:\n" + "\n".join(differences) + "\n"
                 "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)."
             )
@@ -107,7 +111,7 @@ def newest(path: str) -> epath.Path:
     """The step's folder that `path` means: itself, or the newest step of that workdir.
 
     Raises:
-      ValueError: there is no complete checkpoint.
+      UserError: there is no complete checkpoint.
     """
     folder = _absolute(path)
     if (folder / "state").is_dir():
@@ -115,7 +119,7 @@ def newest(path: str) -> epath.Path:
     # On object stores, which cannot rename folders, one may be there before it is complete.
     steps = ocp.utils.checkpoint_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else ()
     if not steps:
-        raise ValueError(f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder")
+        raise UserError(f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder")
     return folder / "checkpoints" / str(max(steps))
 
 
@@ -123,11 +127,11 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
     """Writes a step's folder of weights alone, as `newest` and `read_params` take it.
 
     Raises:
-      ValueError: it is there already.
+      UserError: it is there already.
     """
     folder = _absolute(folder)
     if folder.exists():
-        raise ValueError(f"{folder} is there already; use another folder")
+        raise UserError(f"{folder} exists already; use another folder")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         for item, content in (("tokenizer", tokenizer.to_json()), ("config", config_check.flatten(config))):
             checkpointer.save(folder / item, args=ocp.args.JsonSave(content))
@@ -135,8 +139,18 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
         checkpointer.save(folder / "state", {"params": params})  # last: it makes the folder a checkpoint
 
 
-def read_json(step: epath.Path, item: str) -> Any:
-    """The JSON item ("config" or "tokenizer") of a step's folder."""
+def read_config(step: epath.Path) -> Config:
+    """The config of a step's folder."""
+    return config_check.from_flat(_read_json(step, "config"))
+
+
+def read_tokenizer(step: epath.Path) -> Tokenizer | None:
+    """The tokenizer of a step's folder; None for a classifier, which reads no text."""
+    content = _read_json(step, "tokenizer")
+    return Tokenizer.from_json(content) if content else None
+
+
+def _read_json(step: epath.Path, item: str) -> Any:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(step / item)
 
@@ -151,11 +165,11 @@ def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[
 def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = None) -> Any:
     """The weights alone of a step's folder, laid out as the abstract tree `params` says.
 
-    Where they are the start of another model, `start_of`, what belongs to the picture's or patches' size is resized to
-    its own, and what it has no use for (a decoder, the text tower of a classifier) is left out.
+    Where another model, `start_of`, starts from them, weights that belong to an image or patch size are resized to its
+    own, and weights that it does not use (a decoder, the text tower of a classifier) are skipped.
 
     Raises:
-      ValueError: names or shapes that differ, both sides.
+      UserError: names or shapes that differ, both sides.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         saved = checkpointer.metadata(step / "state").item_metadata["params"]
@@ -166,7 +180,7 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
         resized = {}
         if start_of:
             if unused := {name.partition(".")[0] for name in theirs} - set(params):
-                _log.info("%s: left out what this model has not: %s", step, ", ".join(sorted(unused)))
+                _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
             theirs = {name: shape for name, shape in theirs.items() if name.partition(".")[0] not in unused}
             resized = {name: theirs[name] for name in RESIZED if name in theirs and theirs[name] != ours[name]}
         differences = [
@@ -175,7 +189,7 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
             if name not in resized
         ]
         if differences:
-            raise ValueError(f"The weights in {step} do not fit config.model:\n" + "\n".join(differences))
+            raise UserError(f"The weights in {step} do not fit config.model:\n" + "\n".join(differences))
 
         def as_saved(path, leaf):
             if (name := _name(path)) not in resized:

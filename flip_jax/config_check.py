@@ -1,10 +1,11 @@
-"""Settings from a recipe and the command line to a checked `Config`: what is refused, and how it is said."""
+"""Turns a recipe and the command line into a checked `Config`, or refuses them with the remedy."""
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flip_jax import masking
@@ -53,10 +54,19 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# What a checkpoint of an earlier version calls a setting, and its name today.
+RENAMED = {"model.temperature": "model.init_logit_scale"}
+
+
+def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint under their names of today."""
+    return {RENAMED.get(key, key): value for key, value in flat.items()}
+
+
 def from_flat(flat: Mapping[str, Any]) -> Config:
-    """The `Config` that `flatten` made `flat` of."""
+    """The `Config` whose `flatten` is `flat`, perhaps that of an earlier version."""
     nested: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in current_names(flat).items():
         *groups, leaf = key.split(".")
         node = nested
         for group in groups:
@@ -66,7 +76,7 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def unknown(key: str) -> str | None:
-    """What to say of a key that is no setting, with those that end alike or are written alike; None if it is one."""
+    """Error text for an unknown key, with the settings that it may mean; None for a known one."""
     known = flatten(Config())
     if key in known:
         return None
@@ -89,7 +99,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _cast(hint: Any, value: Any, key: str) -> Any:
-    """The value if it is of the type `hint`; integers pass as floats, lists as tuples."""
+    """Returns the value if it has the type `hint`; integers pass as floats, lists as tuples."""
     if isinstance(hint, types.GenericAlias):  # tuple[float, float] or tuple[str, ...]
         items = typing.get_args(hint)
         if isinstance(value, (list, tuple)):
@@ -122,11 +132,12 @@ _CHOICES = {
     "optim.mu_dtype": ("bfloat16", "float32"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
-_ABOVE_ZERO = ("optim.base_learning_rate", "model.temperature", "model.norm_eps")
+_ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
 _ZERO_OR_MORE = ("model.decoder.weight", "finetune.mixup", "finetune.cutmix")
 _RANGES = {
     **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
     **dict.fromkeys(_ZERO_OR_MORE, ("be at least 0", lambda x: x >= 0)),
+    "model.init_logit_scale": ("be in [1, 100]: it is 1 / temperature, 14.3 for 0.07", lambda x: 1 <= x <= 100),
     "model.decoder.width": ("divide by 4", lambda x: x % 4 == 0),
     "finetune.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
     "finetune.label_smoothing": ("be in [0, 1)", lambda x: 0 <= x < 1),
@@ -156,14 +167,14 @@ def _check(config: Config) -> None:
         raise UserError("config.model.attention 'cudnn' computes in half precision: set config.model.dtype 'bfloat16'")
     if text.causal and (text.mask_padding or text.pool == "first"):
         raise UserError(
-            "config.model.text.causal: no token sees the padding behind it, and the first sees none but itself; set "
-            f"mask_padding False and pool 'last' or 'mean', got {text.mask_padding} and {text.pool!r}"
+            "config.model.text.causal: no token sees the padding behind it, and the first sees only itself; "
+            f"set mask_padding False and pool 'last' or 'mean', got {text.mask_padding} and {text.pool!r}"
         )
     if image.positions == "sincos" and image.width % 4:
         raise UserError(f"config.model.image.width must divide by 4 for sin-cos positions, got {image.width}")
     if config.model.decoder.weight and (image.mask_ratio == 0 or image.mask == "resize"):
         raise UserError(
-            "config.model.decoder draws removed patches, but none is removed by config.model.image.mask "
+            "config.model.decoder reconstructs removed patches, but none is removed by config.model.image.mask "
             f"{image.mask!r} at mask_ratio {image.mask_ratio}; set decoder.weight to 0 or mask some"
         )
     for name in ("image", "text", "decoder"):
@@ -190,7 +201,7 @@ def _check(config: Config) -> None:
             raise UserError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
     if config.finetune.classes and (image.mask_ratio or config.microbatches > 1):
         raise UserError(
-            "config.finetune.classes: fine-tuning sees whole pictures, a batch at once; set model.image.mask_ratio 0 "
+            "config.finetune.classes: fine-tuning sees whole images, a batch at once; set model.image.mask_ratio 0 "
             f"and microbatches 1, got {image.mask_ratio} and {config.microbatches}"
         )
     if config.eval.mask != "intact" and (image.mask != "random" or not image.mask_ratio):
@@ -201,3 +212,36 @@ def _check(config: Config) -> None:
     for template in config.eval.templates:
         if template.count("{}") != 1:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")
+
+
+def read_recipe(arguments: Sequence[str]) -> Config:
+    """The checked settings of "--config=configs/NAME.py[:ARG]" and any "--config.KEY=VALUE".
+
+    Raises:
+      UserError: no or no readable recipe, an unknown setting, one given twice, a value that cannot be used.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    keys = [found[1] for found in (re.match(r"--?(config[\w.]*)(?:=|$)", argument) for argument in arguments) if found]
+    if repeated := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise UserError(
+            f"--{repeated[0]} is given {keys.count(repeated[0])} times. If its value has braces or a glob, the shell "
+            f"has expanded it: put it in quotes, --{repeated[0]}='...'"
+        )
+    if "config" not in keys:
+        raise UserError("--config=configs/NAME.py is missing; the recipes are in configs/")
+    argv, values = ["recipe", *arguments], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)[1:]
+        values.config.lock()  # a recipe that could not be read raises at its first use
+    except flags.Error as error:
+        cause = error.__cause__ or error.__context__  # absl wraps the refusals of a recipe
+        raise UserError(str(cause if isinstance(cause, UserError) else error)) from error
+    except (KeyError, AttributeError, OSError) as error:
+        reason = next(filter(None, (unknown(key.removeprefix("config.")) for key in keys if "." in key)), None)
+        raise UserError(reason or f"--config: {' '.join(str(error.args[0]).split())}") from error
+    if rest:
+        raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks needs quotes")
+    return from_config_dict(values.config)

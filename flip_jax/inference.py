@@ -1,5 +1,6 @@
-"""A trained model as people use it: pictures and strings in, embeddings out."""
+"""A trained model as people use it: images and strings in, embeddings out."""
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +12,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from flip_jax import checkpoint, config_check, masking, models, sharding
-from flip_jax import config as config_lib
-from flip_jax.config import Config
+from flip_jax import checkpoint, masking, models, sharding
+from flip_jax.config import Config, MeshConfig
 from flip_jax.data import transforms
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.flip import FLIP, normalise
-from flip_jax.models.vit import patchify
 
 
 class Encoder:
-    """Both towers of one model with its tokenizer and settings. `params` may be replaced between calls."""
+    """Both towers of one model with its weights, tokenizer and config; nothing of it changes later."""
 
     def __init__(self, graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer | None, config: Config):
         self.params, self.tokenizer, self.config = params, tokenizer, config
@@ -37,11 +36,17 @@ class Encoder:
         self._scale = jax.jit(lambda params: nnx.merge(graphdef, params).scale(), out_shardings=whole)
         self._features = jax.jit(lambda params, image: nnx.merge(graphdef, params).features(image), out_shardings=whole)
 
-    def encode_image(self, images: np.ndarray | Sequence[Image.Image], mask: str = "intact") -> jax.Array:
-        """Normalised embeddings [B, embed_dim] of uint8 pictures [B, S, S, 3], or of PIL pictures of any size.
+    def with_params(self, params: Any) -> "Encoder":
+        """The same model with other weights; its compiled programs are shared."""
+        other = copy.copy(self)
+        other.params = params
+        return other
 
-        `mask` says what is seen of a picture, as in `config.Eval`. With several processes each gives its own rows, and
-        the result is the global array.
+    def encode_image(self, images: np.ndarray | Sequence[Image.Image], mask: str = "intact") -> jax.Array:
+        """Normalised embeddings [B, embed_dim] of uint8 images [B, S, S, 3], or of PIL images of any size.
+
+        `mask` says how much of an image is seen, as in `config.EvalConfig`. With several processes each gives its own
+        rows, and the result is the global array.
         """
         if not isinstance(images, np.ndarray):
             size = self.config.model.image.image_size
@@ -54,18 +59,6 @@ class Encoder:
         embedded = self._image(self.params, array, mask=mask)
         return embedded[: len(images)] if padding else embedded
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """What probes are fitted on, f32 [B, width], of uint8 pictures [B, S, S, 3], B as evaluation batches have it.
-
-        With several processes each gives its own rows, and gets those of all, process after process.
-        """
-        (array,) = sharding.to_devices(self.mesh, images)
-        return np.asarray(self._features(self.params, array))
-
-    def scale(self) -> float:
-        """What multiplies cosines before a softmax, as learned in training."""
-        return float(self._scale(self.params))
-
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Normalised embeddings [B, embed_dim] of strings; with several processes each gives all of them."""
         tokens = self.tokenizer(texts, self.config.model.text.context_length)
@@ -74,27 +67,42 @@ class Encoder:
         array = jax.make_array_from_callback(padded.shape, rows, lambda index: padded[index])
         return np.asarray(self._text(self.params, array))[: len(texts)]
 
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """The features that probes are fitted on, f32 [B, width], of uint8 images [B, S, S, 3] in evaluation batches.
+
+        With several processes each gives its own rows, and gets those of all, process after process.
+        """
+        (array,) = sharding.to_devices(self.mesh, images)
+        return np.asarray(self._features(self.params, array))
+
+    def scale(self) -> float:
+        """The learned factor of the cosines before a softmax."""
+        return float(self._scale(self.params))
+
 
 def _encode_views(model: FLIP, image_BxHxWx3: jax.Array, mask: str, seed: int) -> jax.Array:
-    """The normalised mean of the embeddings of random parts of a picture: of one, or of as many as cover it."""
-    settings = model.settings.image
-    patch_BxLxP = patchify(image_BxHxWx3, settings.patch_size)
-    views_VxBxK = masking.views(jax.random.key(seed), patch_BxLxP, settings.visible_patches)
+    """The normalised mean of the embeddings of random parts of an image: of one, or of as many as cover it."""
+    config = model.config.image
+    patch_BxLxP = masking.patchify(image_BxHxWx3, config.patch_size)
+    views_VxBxK = masking.views(jax.random.key(seed), patch_BxLxP, config.visible_patches)
     views_VxBxK = views_VxBxK[: {"masked": 1, "ensemble": None}[mask]]
-    return normalise(jnp.mean(jax.lax.map(lambda keep: model.embed_patches(patch_BxLxP, keep), views_VxBxK), axis=0))
+
+    def encode(position_BxK):
+        return model.encode_patches(masking.gather(patch_BxLxP, position_BxK), position_BxK)
+
+    return normalise(jnp.mean(jax.lax.map(encode, views_VxBxK), axis=0))
 
 
 def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> Encoder:
     """The model of a workdir's newest checkpoint, or of one step's folder, on `devices`: all of this process.
 
     Raises:
-      ValueError: there is no complete checkpoint.
+      UserError: there is no complete checkpoint.
     """
     step = checkpoint.newest(path)
-    config = config_check.from_flat(checkpoint.read_json(step, "config"))
-    mesh = sharding.make_mesh(config_lib.MeshConfig(), devices or jax.local_devices())
+    config = checkpoint.read_config(step)
+    mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))
     params = checkpoint.read_params(step, sharding.place(abstract, mesh))
-    tokenizer = None if config.finetune.classes else Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
     with jax.set_mesh(mesh):
-        return Encoder(graphdef, params, tokenizer, config)
+        return Encoder(graphdef, params, checkpoint.read_tokenizer(step), config)

@@ -4,6 +4,9 @@ Each device holds b of the N = b * P pairs. Its b rows are compared with all N c
 gradient flows back through the gather. Rows meet columns in slices, so that a block of logits never exceeds `BLOCK`
 values, and the backward pass computes each block again instead of keeping it. Beyond `GATHERED` values the columns are
 gathered slice by slice, too, and once more for the backward pass.
+
+The own pair of a row is never a term of the sum over columns. At a scale of 100 its logit is near 100, and to subtract
+it from a sum near 100 would leave noise of 1e-5 in a loss that may be smaller than that.
 """
 
 import functools
@@ -17,20 +20,25 @@ from flip_jax.sharding import BATCH
 
 BLOCK = 2**24  # logits held at once on a device: 64 MiB, the whole of 256 rows x 65,536 columns
 GATHERED = 2**26  # values of a tower's embeddings that a device holds of all pairs: 256 MiB, 65,536 of 1,024
+ABSENT = -1e9  # the logit of a row's own column in a sum over the others; finite, so that its gradient is 0 and not NaN
 
 
 def info_nce(image_BxE: jax.Array, text_BxE: jax.Array, scale: jax.Array, *, block: int = BLOCK) -> jax.Array:
     """Symmetric InfoNCE of normalised f32 embeddings, B the global batch; the scalar mean over pairs and directions.
 
-    `scale`, a scalar, multiplies the cosines. Equal to the mean of the two cross-entropies of the N x N logits.
+    `scale`, a scalar, multiplies the cosines. Equal to the mean of the two cross-entropies of the N x N logits: with
+    z_j the logit of column j minus that of the own one, a row's is log(1 + sum of exp(z_j) over the other columns).
     """
 
     def local(image_bxE, text_bxE, scale):
-        log_partition = functools.partial(
-            _over_columns, logit=lambda x: x * scale, reduce=jax.nn.logsumexp, block=block
-        )
-        by_image_b, by_text_b = log_partition(image_bxE, text_bxE), log_partition(text_bxE, image_bxE)
-        return _mean((by_image_b + by_text_b) / 2 - scale * _cosine(image_bxE, text_bxE))
+        own_b = _cosine(image_bxE, text_bxE)
+
+        def relative(cosine_bxC, is_own_bxC):
+            return jnp.where(is_own_bxC, ABSENT, scale * (cosine_bxC - own_b[:, None]))
+
+        others = functools.partial(_over_columns, logit=relative, reduce=jax.nn.logsumexp, block=block)
+        by_image_b, by_text_b = others(image_bxE, text_bxE), others(text_bxE, image_bxE)
+        return _mean((jax.nn.softplus(by_image_b) + jax.nn.softplus(by_text_b)) / 2)
 
     return _on_rows(local)(image_BxE, text_BxE, scale)
 
@@ -38,22 +46,24 @@ def info_nce(image_BxE: jax.Array, text_BxE: jax.Array, scale: jax.Array, *, blo
 def sigmoid(
     image_BxE: jax.Array, text_BxE: jax.Array, scale: jax.Array, bias: jax.Array, *, block: int = BLOCK
 ) -> jax.Array:
-    """SigLIP's loss (arXiv 2303.15343): each of the N x N pairs is true or not by itself; their sum over N.
+    """SigLIP's loss (arXiv 2303.15343): each of the N x N pairs matches or not by itself; their sum over N.
 
     The logit of a pair is `scale` times the cosine, plus `bias`.
     """
 
     def local(image_bxE, text_bxE, scale, bias):
-        untrue_b = _over_columns(
+        def absolute(cosine_bxC, is_own_bxC):
+            return jnp.where(is_own_bxC, ABSENT, scale * cosine_bxC + bias)
+
+        others_b = _over_columns(
             image_bxE,
             text_bxE,
-            logit=lambda x: x * scale + bias,
+            logit=absolute,
             reduce=lambda x, axis: jnp.sum(jax.nn.softplus(x), axis),
             combine=jnp.sum,
             block=block,
         )
-        # softplus(-x) = softplus(x) - x turns the term of the own column into that of a true pair.
-        return _mean(untrue_b - (scale * _cosine(image_bxE, text_bxE) + bias))
+        return _mean(others_b + jax.nn.softplus(-(scale * _cosine(image_bxE, text_bxE) + bias)))
 
     return _on_rows(local)(image_BxE, text_BxE, scale, bias)
 
@@ -79,27 +89,34 @@ def _cosine(image_bxE, text_bxE):
 
 
 def _over_columns(row_bxE, column_bxE, *, logit, reduce, block, combine=None):
-    """Of each row: `reduce(logit(cosine), axis)` over the columns of all devices: [b].
+    """`reduce(logit(cosine, is_own), axis)` of each row [b] over the columns of all devices.
 
-    `combine` (default: `reduce` itself) joins what `reduce` made of slices of the columns.
+    `combine` (default: `reduce` itself) joins the results of slices of the columns.
     """
     rows, width = row_bxE.shape
-    columns = rows * jax.lax.axis_size(BATCH)
+    devices = jax.lax.axis_size(BATCH)
+    columns = rows * devices
     slices = _slices(rows, rows * columns, block)
     gather = functools.partial(jax.lax.all_gather, axis_name=BATCH, tiled=True)
+    number_b = jax.lax.axis_index(BATCH) * rows + jnp.arange(rows)
 
-    def compare(column_CxE):
+    def compare(column_CxE, number_C):
         # Full precision: a bf16 product would be off by 0.4 at a scale of 100.
-        return reduce(logit(jnp.einsum("be,ce->bc", row_bxE, column_CxE, precision="highest")), 1)
+        cosine_bxC = jnp.einsum("be,ce->bc", row_bxE, column_CxE, precision="highest")
+        return reduce(logit(cosine_bxC, number_b[:, None] == number_C[None]), 1)
 
+    number_N = jnp.arange(columns)
     if columns * width <= GATHERED:
         # Outside of the checkpoint, or the backward pass would gather again.
         one, column_bxE = jax.checkpoint(compare), gather(column_bxE)
     else:
-        one = jax.checkpoint(lambda column_cxE: compare(gather(column_cxE)))
+        one = jax.checkpoint(lambda column_cxE, number_C: compare(gather(column_cxE), number_C))
+        # A gathered slice has a part of every device's columns.
+        number_N = number_N.reshape(devices, slices, -1).swapaxes(0, 1)
     if slices == 1:
-        return one(column_bxE)
-    return (combine or reduce)(jax.lax.map(one, column_bxE.reshape(slices, -1, width)), 0)
+        return one(column_bxE, number_N.reshape(-1))
+    parts = column_bxE.reshape(slices, -1, width), number_N.reshape(slices, -1)
+    return (combine or reduce)(jax.lax.map(lambda part: one(*part), parts), 0)
 
 
 def _slices(rows: int, logits: int, block: int) -> int:

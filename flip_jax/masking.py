@@ -1,39 +1,44 @@
-"""Which image patches and which text tokens a training step encodes.
+"""Masks: which patches and tokens of a batch a training step encodes.
 
-A strategy is one function and its name in `STRATEGIES` or `TEXT_STRATEGIES`. All return int32 positions [B, keep], each
-row without repeats, and use noise that depends on the key and the row in the global batch only, not on how the batch is
-split over devices.
+`see` decides once per step, for the whole batch and before microbatches are split; the towers get what is left and
+never see the rest.
+
+A strategy is one function and its name in `STRATEGIES` or `TEXT_STRATEGIES`. It returns int32 positions [B, keep], each
+row without repeats, and draws noise that depends on the key and the row in the global batch only, so that masks do not
+depend on how the batch is split over devices.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flip_jax.config import ImageConfig, TextConfig
+from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 
 PAD = 0
-SIGMA = 0.8  # of `centred`, in half sides of the picture: the widest that GLIP's authors show
+GREY = 225  # of the patches that are not seen, where they are drawn
+SIGMA = 0.8  # of `centred`, in half sides of the image: the widest that GLIP's authors show
 BLOCK_ASPECT = 0.3  # sides of `block` are within this ratio and its inverse (BEiT)
 ANCHORS = 0.05  # share of the patches that `cluster` draws as anchors (2405.08815: less than 5 %)
 
 
 def smallest(noise: jax.Array, keep: int) -> jax.Array:
-    """Positions [B, keep] of the smallest values of each row of `noise` [B, L], in rising order of the noise."""
+    """Returns the positions [B, keep] of the smallest values of each row of `noise` [B, L], in rising order."""
     return jnp.argsort(noise, axis=1)[:, :keep]
 
 
 def random(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """A uniformly random subset. Paper, section 3."""
+    """Keeps a uniformly random subset. Paper, section 3."""
     return smallest(jax.random.uniform(key, patch_BxLxP.shape[:2]), keep)
 
 
 def views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """Random subsets [V, B, keep] that together show all patches, once each but for the last, which fills up.
+    """Draws random subsets [V, B, keep] that together cover all patches; only the last may repeat some.
 
-    The noise depends on the key and the picture itself only, so that evaluation does on neither batch nor devices.
+    The noise depends on the key and the image itself only, so that evaluation depends on neither batch nor devices.
     """
     count = patch_BxLxP.shape[1]
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.sum(patch_BxLxP.astype(jnp.uint32), axis=(1, 2)))
@@ -42,7 +47,7 @@ def views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def grid(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """The same 1, 2 (a chequerboard) or 3 patches of every 2 x 2, at a random offset. CLIPA, 2305.07017, and MAE."""
+    """Keeps the same 1, 2 (a chequerboard) or 3 patches of every 2 x 2, at a random offset. CLIPA, 2305.07017; MAE."""
     row_L, column_L = _rows_and_columns(patch_BxLxP)
     shift_Bx2 = jax.random.randint(key, (len(patch_BxLxP), 2), 0, 2)
     row_BxL, column_BxL = ((x[None] + shift_Bx2[:, i, None]) % 2 for i, x in enumerate((row_L, column_L)))
@@ -51,9 +56,10 @@ def grid(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def block(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """One rectangle of random shape and place stays, as in CLIPA, 2305.07017 (MAE's blocks are what is removed).
+    """Keeps one rectangle of random shape and place, as in CLIPA, 2305.07017 (MAE's blocks are removed instead).
 
-    Of the fewest whole columns that hold `keep` patches at the drawn height, the patches too many go at random.
+    The rectangle has the fewest whole columns that hold `keep` patches at the drawn height; surplus patches are removed
+    at random.
     """
     size, side = patch_BxLxP.shape[:2], math.isqrt(patch_BxLxP.shape[1])
     shape_key, place_key, trim_key = jax.random.split(key, 3)
@@ -68,7 +74,7 @@ def block(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def centred(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """Drawn one after the other with weights that are a Gaussian about the picture's centre. GLIP, 2403.15837."""
+    """Draws patches one by one with weights that are a Gaussian around the image's centre. GLIP, 2403.15837."""
     half = math.isqrt(patch_BxLxP.shape[1]) / 2
     row_L, column_L = ((x + 0.5) / half - 1 for x in _rows_and_columns(patch_BxLxP))
     weight_L = np.exp(-(row_L**2 + column_L**2) / (2 * SIGMA**2))
@@ -76,10 +82,10 @@ def centred(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def cluster(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """Random anchors go, with the patches whose pixels are most like one of them (cosine). Wei et al., 2405.08815.
+    """Removes random anchors and the patches whose pixels are most like one of them (cosine). 2405.08815.
 
-    The paper removes what is nearer than a threshold; an exact count sets the threshold of each picture. Pixels count
-    from the picture's mean, or all of a bright picture would be one cluster. Every second row of them tells enough.
+    The paper removes what is nearer than a threshold; an exact count sets the threshold of each image. Pixels are
+    centred on the image's mean, or all of a bright image would be one cluster. Every second row of pixels is enough.
     """
     anchor_key, tie_key = jax.random.split(key)
     size, row = patch_BxLxP.shape[:2], 3 * math.isqrt(patch_BxLxP.shape[2] // 3)
@@ -93,7 +99,7 @@ def cluster(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def resize(image_BxHxWx3: jax.Array, side: int) -> jax.Array:
-    """Instead of a part of the picture all of it, at `side` pixels. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
+    """Shrinks the whole image to `side` pixels instead of masking it. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
     shape = (len(image_BxHxWx3), side, side, 3)
     smaller = jax.image.resize(image_BxHxWx3.astype(jnp.float32), shape, "cubic")
     is_uint8 = image_BxHxWx3.dtype == jnp.uint8
@@ -111,29 +117,29 @@ def _weighted(key: jax.Array, shape: tuple[int, int], slowness: jax.Array, keep:
 
 
 def random_tokens(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """A uniformly random subset, padding or not. Paper, table 1c."""
+    """Keeps a uniformly random subset, padding or not. Paper, table 1c."""
     return _in_text_order(jax.random.uniform(key, token_BxT.shape), keep)
 
 
 def prioritised(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """Padding goes first; of the real tokens a random subset stays. Paper, table 1c."""
+    """Removes padding first, then random real tokens. Paper, table 1c."""
     return _in_text_order(jnp.where(token_BxT == PAD, jnp.inf, jax.random.uniform(key, token_BxT.shape)), keep)
 
 
 def truncate(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """The first `keep`. CLIPA, 2305.07017."""
+    """Keeps the first tokens. CLIPA, 2305.07017."""
     return jnp.broadcast_to(jnp.arange(keep)[None], (len(token_BxT), keep))
 
 
 def token_block(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """A run at a random place within the real tokens, or from the first where they are fewer. CLIPA, 2305.07017."""
+    """Keeps consecutive real tokens from a random one on, or from the first where they are few. CLIPA, 2305.07017."""
     spare_B = jnp.maximum(jnp.sum(token_BxT != PAD, axis=1) - keep, 0)
     start_B = jnp.floor(jax.random.uniform(key, spare_B.shape) * (spare_B + 1)).astype(jnp.int32)
     return start_B[:, None] + jnp.arange(keep)[None]
 
 
 def frequency(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """Rare tokens stay: drawn one after the other with weights sqrt(1 / f), padding last. CLIPF, 2412.16148.
+    """Prefers rare tokens: draws them one by one with weights sqrt(1 / f), padding last. CLIPF, 2412.16148.
 
     The paper keeps a word of frequency f with probability sqrt(t / f); for an exact count t drops out. It takes f from
     the corpus; here it is the token's share of the global batch, which needs neither a table nor state. Ids above
@@ -164,6 +170,69 @@ TEXT_STRATEGIES: dict[str, Strategy] = {
     "block": token_block,
     "frequency": frequency,
 }
+
+
+class View(NamedTuple):
+    """What the towers see of a batch of B pairs. Positions are those in the whole image or caption; None: all of it."""
+
+    patch_BxKxP: jax.Array  # the pixels of the visible patches
+    position_BxK: jax.Array | None
+    token_BxK: jax.Array
+    token_position_BxK: jax.Array | None
+    all_BxLxP: jax.Array | None = None  # every patch: what the decoder reconstructs
+
+
+def see(model: ModelConfig, key: jax.Array, image_BxHxWx3: jax.Array, token_BxT: jax.Array) -> View:
+    """What a training step sees of uint8 images and int32 tokens; `key` is the step's own."""
+    patches = see_image(model.image, key, image_BxHxWx3)
+    tokens = see_text(model.text, jax.random.fold_in(key, 1), token_BxT)
+    every = patchify(image_BxHxWx3, model.image.patch_size) if model.decoder.weight else None
+    return View(*patches, *tokens, every)
+
+
+def see_image(config: ImageConfig, key: jax.Array, image_BxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The pixels of the visible patches [B, K, P], and their positions [B, K]."""
+    if config.mask_ratio and config.mask == "resize":
+        image_BxHxWx3 = resize(image_BxHxWx3, math.isqrt(config.visible_patches) * config.patch_size)
+    patch_BxLxP = patchify(image_BxHxWx3, config.patch_size)
+    if config.mask_ratio == 0 or config.mask == "resize":
+        return patch_BxLxP, None
+    position_BxK = STRATEGIES[config.mask](key, patch_BxLxP, config.visible_patches)
+    return gather(patch_BxLxP, position_BxK), position_BxK
+
+
+def see_text(config: TextConfig, key: jax.Array, token_BxT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The tokens that stay [B, K], and their positions [B, K], rising."""
+    if config.mask_ratio == 0:
+        return token_BxT, None
+    position_BxK = TEXT_STRATEGIES[config.mask](key, token_BxT, config.visible_tokens)
+    return jnp.take_along_axis(token_BxT, position_BxK, axis=1), position_BxK
+
+
+def patchify(image_BxHxWx3: jax.Array, patch_size: int) -> jax.Array:
+    """Non-overlapping patches in row order, each flattened as (row, column, channel): [B, L, patch_size**2 * 3]."""
+    batch, height, width, channels = image_BxHxWx3.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = image_BxHxWx3.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+def gather(patch_BxLxP: jax.Array, position_BxK: jax.Array) -> jax.Array:
+    """The patches at these positions. Pixels are gathered, so that the embedding costs the visible share only."""
+    return jnp.take_along_axis(patch_BxLxP, position_BxK[:, :, None], axis=1)
+
+
+def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) -> np.ndarray:
+    """The uint8 image [S, S, 3] that visible patches show, with the `grid` x `grid` patches' others in light grey.
+
+    Without positions the patches are a whole image of their own size.
+    """
+    if position_K is None:
+        grid, position_K = math.isqrt(len(patch_KxP)), np.arange(len(patch_KxP))
+    side = math.isqrt(patch_KxP.shape[1] // 3)
+    patch_LxP = np.full((grid**2, patch_KxP.shape[1]), GREY, np.uint8)
+    patch_LxP[position_K] = patch_KxP
+    return patch_LxP.reshape(grid, grid, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(grid * side, grid * side, 3)
 
 
 def check(image: ImageConfig, text: TextConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from flip_jax import writers
-from flip_jax.config import Config, ModelConfig
+from flip_jax.config import Config
 
 # Peak bf16 FLOP/s of one device as jax counts them (a TPU v2 or v3 device is one core). Makers' data sheets.
 PEAK_FLOPS = {
@@ -23,23 +23,6 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-
-
-def flops_per_sample(model: ModelConfig, classes: int = 0) -> float:
-    """Floating-point operations of one training sample, forward and backward, counting visible patches only.
-
-    Matrix products only, no recompute: what model FLOP utilisation (MFU) is defined by. With `classes`, those of the
-    image tower as a classifier.
-    """
-    image, text = model.image, model.text
-    visible = image.visible_patches
-    embed = visible * 2 * 3 * image.patch_size**2 * image.width
-    project = 2 * image.width * classes if classes else 2 * (image.width + text.width) * model.embed_dim
-    towers = sum(
-        tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
-        for tower, tokens in ((image, visible + 1), (text, 0 if classes else text.visible_tokens))
-    )
-    return 3.0 * (embed + project + towers)
 
 
 def peak_flops() -> float | None:
@@ -131,3 +114,7 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> 
         f"{scale}lr {scalars['learning_rate']:.3g}  "
         f"{scalars['images_per_second']:,.0f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     )
+
+
+def write_parameters(workdir, params):
+    """Replaced when the metrics are merged."""

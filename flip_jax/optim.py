@@ -32,7 +32,7 @@ def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """The run's learning rate as a function of the optimiser step."""
+    """The run's learning rate as a function of the optimizer step."""
     batch = config.global_batch_size
     return warmup_cosine(peak_learning_rate(config), config.warmup_samples / batch, config.total_samples / batch)
 
@@ -42,41 +42,14 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def layer_shares(params: Any, layer_decay: float, depth: int) -> Any:
-    """What each parameter's rate is multiplied by: `layer_decay` to the power of the layers between it and the head.
-
-    The head and the last norm are 0 layers away, the last block 1, the first `depth`, the embedding one more.
-    """
-
-    def share(path, x):
-        names = [key.key for key in path]
-        if names[:3] == ["image", "transformer", "blocks"]:
-            return (layer_decay ** jnp.arange(depth, 0, -1)).reshape(-1, *[1] * (x.ndim - 1))
-        return layer_decay ** (depth + 1) if names[0] == "image" and names[1] != "transformer" else 1.0
-
-    return jax.tree_util.tree_map_with_path(share, params)
-
-
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW with decoupled decay, multiplied by the learning rate. Paper, appendix; no gradient clipping.
-
-    In fine-tuning a layer's whole update, decay included, is multiplied by its `layer_shares`.
-    """
-    optim, finetune = config.optim, config.finetune
-    adamw = optax.adamw(
+    """AdamW with decoupled decay, multiplied by the learning rate. Paper, appendix; no gradient clipping."""
+    return optax.adamw(
         learning_rate(config),
-        b1=optim.b1,
-        b2=optim.b2,
+        b1=config.optim.b1,
+        b2=config.optim.b2,
         eps=1e-8,
-        mu_dtype=optim.mu_dtype,
-        weight_decay=optim.weight_decay,
+        mu_dtype=config.optim.mu_dtype,
+        weight_decay=config.optim.weight_decay,
         mask=decay_mask,
     )
-    if not finetune.classes:
-        return adamw
-
-    def by_layer(updates, _):
-        shares = layer_shares(updates, finetune.layer_decay, config.model.image.depth)
-        return jax.tree.map(jnp.multiply, updates, shares)
-
-    return optax.chain(adamw, optax.stateless(by_layer))

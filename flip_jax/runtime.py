@@ -1,12 +1,19 @@
-"""The process: what it refuses, its compilation cache, and the processes it works with."""
+"""The process: the error that users see, its compilation cache, and the other processes of the run."""
 
+import argparse
+import collections
+import json
+import os
 import pathlib
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 COMPILED = pathlib.Path.home() / ".cache" / "flip_jax" / "compiled"
+LOST_AFTER = 60  # seconds without a heartbeat before JAX takes a process for lost, names it and ends the others
 
 
 class UserError(ValueError):
@@ -15,20 +22,41 @@ class UserError(ValueError):
     exit_code = 1
 
 
-def run(function: Callable[..., Any], *arguments: Any) -> int:
-    """Calls a command's function and returns the exit code; a `UserError` is printed, others keep their trace."""
+def run(function: Callable[..., int | None], *arguments: Any) -> int:
+    """Calls a command and returns its exit code; a `UserError` is one message, any other error keeps its trace."""
     try:
         return function(*arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except Exception:
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 128 + signal.SIGINT
+    except Exception as error:
         traceback.print_exc()
-        return 1
+        code = 1
+        if _is_one_of_several() and type(error).__name__ == "JaxRuntimeError":
+            print(
+                f"error: this process cannot continue. If another process was lost, JAX names it within "
+                f"{2 * LOST_AFTER} s. Start all processes again with the same command: they resume from the newest "
+                "checkpoint in --workdir",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(2 * LOST_AFTER)
+    if _is_one_of_several():
+        # At a normal exit this process would wait for the others, and they are waiting for it in a step.
+        os._exit(code)
+    return code
+
+
+def _is_one_of_several() -> bool:
+    # Asking for the number of processes would start JAX's backend, which many commands never use.
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def enable_compile_cache() -> None:
-    """Keeps programs that took over a second to compile in `COMPILED`, so that they are compiled once.
+    """Keeps programs that took over a second to compile in `COMPILED`, so that the next process loads them.
 
     JAX_COMPILATION_CACHE_DIR names another folder (a gs:// one serves all hosts of a pod), and
     JAX_ENABLE_COMPILATION_CACHE=false switches it off.
@@ -37,3 +65,87 @@ def enable_compile_cache() -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `start_distributed` reads."""
+    group = parser.add_argument_group("one process of several")
+    group.add_argument("--distributed", action="store_true", help="the cluster is detected (TPU pod, SLURM, GKE)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster is detected")
+    group.add_argument("--num_processes", type=int, metavar="N", help="number of processes, with --coordinator")
+    group.add_argument("--process_id", type=int, metavar="I", help="this process, from 0, with --coordinator")
+
+
+def start_distributed(options: argparse.Namespace) -> None:
+    """Joins the other processes, if the command line says that there are any."""
+    import jax
+
+    if options.distributed or options.coordinator:
+        jax.distributed.initialize(
+            options.coordinator, options.num_processes, options.process_id, heartbeat_timeout_seconds=LOST_AFTER
+        )
+
+
+def say(line: str) -> None:
+    """Prints a line on the first process."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def meet(name: str) -> None:
+    """Waits for all processes, without using the devices."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    processes = set(range(jax.process_count()))
+    ocp.multihost.sync_global_processes(f"flip_jax/{name}", timeout=1200, processes=processes)
+
+
+def sum_counts(name: str, own: dict[str, int]) -> dict[str, int]:
+    """The sum over all processes, on the first one; `name` is used once in a run.
+
+    The processes meet at the coordination service: a collective could run next to a step and lock it.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return own
+    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
+    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
+    meet(name)
+    total: collections.Counter[str] = collections.Counter()
+    if jax.process_index() == 0:
+        for _, theirs in client.key_value_dir_get(folder):
+            total.update(json.loads(theirs))
+        client.key_value_delete(folder)
+    return dict(total)
+
+
+class Termination:
+    """Notices SIGTERM without interrupting a step; with several processes, all stop after the same step."""
+
+    def __enter__(self) -> "Termination":
+        import jax
+
+        self._signalled, self._several = False, jax.process_count() > 1
+        # With several processes jax.distributed has its own handler, which a second one would replace.
+        self._previous = None if self._several else signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _notice(self, *_):
+        self._signalled = True
+
+    def reached(self, step: int) -> bool:
+        """Whether the run ends after this step."""
+        if self._several:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signalled

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from flip_jax import config as config_lib
 from flip_jax import config_check, optim
 from flip_jax.config import Config
+from flip_jax.runtime import UserError
 
 
 def test_recipes_have_the_hyper_parameters_of_the_paper(load_recipe):
@@ -21,22 +22,62 @@ def test_recipes_have_the_hyper_parameters_of_the_paper(load_recipe):
         assert config.model.image.mask_ratio == (0.5 if "flip" in name else 0)
         assert config.model.image.patch_size == int(name[-2:])
         assert (config.data.crop_area, config.data.crop_aspect) == ((0.5, 1.0), (3 / 4, 4 / 3))
-    for name in ("flip_b16_unmasked", "flip_l16_unmasked", "flip_l14_unmasked", "flip_h14_unmasked"):
-        config = load_recipe(name)
+    for name in ("flip_b16", "flip_l16", "flip_l14", "flip_h14"):
+        config = load_recipe(name, "unmasked")
         assert config.model.image.mask_ratio == 0
         assert (config.total_samples, config.warmup_samples) == (128_000_000, 25_600_000)
         assert config.optim.base_learning_rate == 4e-8
-    for name in ("flip_l16_laion2b", "flip_h14_laion2b"):
-        assert load_recipe(name).optim.base_learning_rate == 2e-6
+    for name in ("flip_l16", "flip_h14"):
+        config = load_recipe(name, "laion2b")
+        assert (config.optim.base_learning_rate, config.total_samples) == (2e-6, 25_600_000_000)
 
 
 def test_arguments_of_a_recipe(load_recipe):
-    config = load_recipe("flip_l16", "model.image.mask_ratio=0.75,seed=7,model.dtype=float32,model.temperature=10")
+    config = load_recipe("flip_l16", "model.image.mask_ratio=0.75,seed=7,model.dtype=float32,model.init_logit_scale=10")
     assert (config.model.image.mask_ratio, config.seed, config.model.dtype) == (0.75, 7, "float32")
-    with pytest.raises(ValueError, match="'seed' is not of the form key=value"):
+    both = load_recipe("flip_l16", "unmasked,seed=7,model.image.mask_ratio=0.25")
+    assert (both.model.image.mask_ratio, both.seed, both.total_samples) == (0.25, 7, 128_000_000)
+    with pytest.raises(UserError, match=r"'seed' must be a variant \(unmasked, laion2b\) or key=value"):
         load_recipe("flip_l16", "seed")
-    with pytest.raises(KeyError, match="config.model.image.mask_rate, .* is unknown"):
+    with pytest.raises(UserError, match="'unmasked' must be key=value"):
+        load_recipe("flip_emoji", "unmasked")
+    with pytest.raises(
+        UserError, match=r"config.model.image.mask_rate is unknown; did you mean config.model.image.mask"
+    ):
         load_recipe("flip_l16", "model.image.mask_rate=0.75")
+
+
+L16 = "--config=configs/flip_l16.py"
+
+
+def test_the_command_line_of_a_recipe():
+    config = config_check.read_recipe([f"{L16}:unmasked,seed=3", "--config.model.image.mask_ratio=0.25"])
+    assert (config.seed, config.model.image.mask_ratio, config.model.image.width) == (3, 0.25, 1024)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config=configs/NAME.py is missing"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        ([L16, "--config.mask_ratio=0.5"], "config.mask_ratio is unknown; did you mean config.model.image.mask_ratio"),
+        ([L16, "--config.data.train=a", "--config.data.train=b"], "--config.data.train is given 2 times.*in quotes"),
+        ([L16, L16], "--config is given 2 times"),
+        ([L16, "--config.seed=1", "b.tar"], "unexpected arguments: b.tar"),
+        ([L16, "--config.seed=one"], "seed"),
+        ([L16, "--wokdir=a"], "wokdir"),
+        ([f"{L16}:unmaskd"], "'unmaskd' must be a variant"),
+    ],
+)
+def test_a_wrong_command_line_is_one_clear_error(arguments, message):
+    with pytest.raises(UserError, match=message):
+        config_check.read_recipe(arguments)
+
+
+def test_a_checkpoint_of_an_earlier_version_names_its_settings_as_it_did(load_recipe):
+    flat = config_check.flatten(load_recipe("flip_b16"))
+    flat["model.temperature"] = flat.pop("model.init_logit_scale")
+    assert config_check.from_flat(flat) == load_recipe("flip_b16")
 
 
 def test_flat_settings_come_back(load_recipe):
@@ -62,7 +103,8 @@ def test_flat_settings_come_back(load_recipe):
         ("model.image.heads", 5, r"config.model.image.width 768 does not divide by its heads 5"),
         ("model.image.width", 6, r"config.model.image.width must divide by 4"),
         ("model.dtype", "float16", r"config.model.dtype must be one of bfloat16, float32; got 'float16'"),
-        ("model.temperature", 0.0, r"config.model.temperature must be above 0"),
+        ("model.init_logit_scale", 0.07, r"config.model.init_logit_scale must be in \[1, 100\].*, got 0.07"),
+        ("model.init_logit_scale", 101.0, r"config.model.init_logit_scale must be in \[1, 100\]"),
         ("global_batch_size", 0, r"config.global_batch_size must be at least 1, got 0"),
         ("total_samples", 10, r"config.total_samples 10 is less than one batch of 65536"),
         ("warmup_samples", 12_800_000_000, r"config.warmup_samples 12800000000 must be less than total_samples"),
@@ -85,4 +127,4 @@ def test_a_mistake_is_named(key, value, message):
 
 
 def test_integers_pass_as_floats():
-    assert config_check.from_config_dict({"model": {"temperature": 10}}).model.temperature == 10.0
+    assert config_check.from_config_dict({"model": {"init_logit_scale": 10}}).model.init_logit_scale == 10.0

@@ -12,11 +12,12 @@ from helpers import run_steps
 from PIL import Image
 
 from benchmarks import image_tower_cost
-from flip_jax import config_check, masking, metrics, sharding
-from flip_jax.config import MeshConfig
+from flip_jax import config_check, masking, models, sharding
+from flip_jax.config import ImageConfig, MeshConfig
 from flip_jax.inference import Encoder
+from flip_jax.masking import gather, patchify
 from flip_jax.models.flip import FLIP
-from flip_jax.models.vit import patchify, resize_positions, visible
+from flip_jax.models.vit import resize_positions
 
 KEY = jax.random.key(5)
 
@@ -39,8 +40,9 @@ def captions(rows, length):
 
 
 @pytest.mark.parametrize("patches, ratio, keep", [(196, 0.5, 98), (196, 0.75, 49), (256, 0.5, 128), (49, 0.75, 12)])
-def test_keep_count_rounds_down(patches, ratio, keep):
-    assert masking.keep_count(patches, ratio) == keep
+def test_the_number_of_visible_patches_is_rounded_down(patches, ratio, keep):
+    side = int(patches**0.5)
+    assert ImageConfig(image_size=16 * side, mask_ratio=ratio).visible_patches == keep
 
 
 @pytest.mark.parametrize("name", masking.STRATEGIES)
@@ -193,12 +195,42 @@ def test_masked_training_does_not_depend_on_the_layout_of_devices():
 
 def test_masking_text_does_not_change_which_patches_stay():
     image, text = helpers.batch(4)
-    kept = []
-    for ratio in (0.0, 0.5):
-        model = FLIP(helpers.model_with(text_mask_ratio=ratio), nnx.Rngs(0))
-        kept.append(model.masks(image, text, KEY))
-    np.testing.assert_array_equal(kept[0][0], kept[1][0])
-    assert kept[0][1] is None and kept[1][1].shape == (4, 4)
+    whole, masked = (masking.see(helpers.model_with(text_mask_ratio=ratio), KEY, image, text) for ratio in (0.0, 0.5))
+    np.testing.assert_array_equal(whole.position_BxK, masked.position_BxK)
+    np.testing.assert_array_equal(whole.patch_BxKxP, masked.patch_BxKxP)
+    assert whole.token_position_BxK is None and masked.token_position_BxK.shape == (4, 4)
+
+
+def test_the_towers_are_given_the_visible_part_alone():
+    """A changed pixel outside of the visible patches, or a changed token that is dropped, changes nothing they get."""
+    model = helpers.model_with(text_mask="truncate", text_mask_ratio=0.5)
+    image, text = helpers.batch(4)
+    view = masking.see(model, KEY, image, text)
+    patches = np.asarray(patchify(image, 8))
+    np.testing.assert_array_equal(
+        view.patch_BxKxP, np.take_along_axis(patches, np.asarray(view.position_BxK)[:, :, None], 1)
+    )
+    hidden = np.setdiff1d(np.arange(16), view.position_BxK[0])[0]
+    row, column = divmod(hidden, 4)
+    image[0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] ^= 255
+    text[:, 4:] = 1
+    for ours, theirs in zip(view, masking.see(model, KEY, image, text), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_image_is_drawn_from_its_visible_patches():
+    image = helpers.batch(1)[0]
+    patches, positions = masking.see_image(helpers.MODEL.image, KEY, image)
+    drawn = masking.unpatchify(np.asarray(patches[0]), np.asarray(positions[0]), 4)
+    for place in range(16):
+        row, column = (8 * x for x in divmod(place, 4))
+        expected = image[0, row : row + 8, column : column + 8] if place in positions[0] else masking.GREY
+        assert np.all(drawn[row : row + 8, column : column + 8] == expected)
+    resized = helpers.model_with(image_mask="resize", image_mask_ratio=0.75).image
+    patches, positions = masking.see_image(resized, KEY, image)
+    np.testing.assert_array_equal(
+        masking.unpatchify(np.asarray(patches[0]), positions, 4), masking.resize(image, 16)[0]
+    )
 
 
 @pytest.mark.parametrize("pool", ["first", "mean"])
@@ -207,7 +239,7 @@ def test_masked_text_equals_the_unmasked_tower_on_the_same_tokens(pool):
     model = FLIP(helpers.model_with(text_pool=pool, text_mask_padding=True), nnx.Rngs(0))
     text = helpers.batch(3)[1]
     keep = jnp.array([[0, 3, 6], [1, 2, 7], [0, 1, 2]])
-    masked = model.encode_text(text, keep)
+    masked = model.encode_text(np.take_along_axis(text, np.asarray(keep), 1), keep)
     small = FLIP(helpers.model_with(text_pool=pool, text_mask_padding=True, text_context_length=3), nnx.Rngs(0))
     small.text.token_embed[...] = model.text.token_embed[...]
     small.text.transformer, small.text_projection = model.text.transformer, model.text_projection
@@ -221,9 +253,9 @@ def test_resizing_equals_encoding_a_picture_resized_elsewhere():
     """Pictures and position table resized by Pillow, the table in a model of that size."""
     model = FLIP(helpers.model_with(image_mask="resize", image_mask_ratio=0.75), nnx.Rngs(0))
     image, text = helpers.batch(2)
-    masks = model.masks(image, text, KEY)
-    assert masks == (None, None)
-    ours = model.encode_pairs(image, text, masks)[0]
+    view = masking.see(model.config, KEY, image, text)
+    assert (view.position_BxK, view.token_position_BxK) == (None, None)
+    ours = model.encode_pairs(view)[0]
 
     def by_pillow(x, side):
         planes = [np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC)) for plane in x]
@@ -241,8 +273,11 @@ def test_resizing_equals_encoding_a_picture_resized_elsewhere():
 
 
 def test_masked_text_is_counted_as_the_shorter_text_that_it_is():
-    masked = metrics.flops_per_sample(helpers.model_with(text_mask_ratio=0.5))
-    assert masked == metrics.flops_per_sample(helpers.model_with(text_context_length=4))
+    masked, short = (
+        models.flops_per_sample(dataclasses.replace(helpers.CONFIG, model=helpers.model_with(**changes)))
+        for changes in ({"text_mask_ratio": 0.5}, {"text_context_length": 4})
+    )
+    assert masked == short
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +297,7 @@ def test_masked_and_ensemble_embeddings_are_those_of_views_that_cover_the_pictur
     np.testing.assert_array_equal(np.sort(views.transpose(1, 0, 2).reshape(8, 16)), np.tile(np.arange(16), (8, 1)))
     assert len({tuple(row) for row in views[0]}) == 8  # each picture has its own
     model = FLIP(encoder.config.model, nnx.Rngs(0))
-    one, *others = (np.asarray(model.embed_patches(patches, keep)) for keep in views)
+    one, *others = (np.asarray(model.encode_patches(gather(patches, keep), keep)) for keep in views)
     np.testing.assert_allclose(encoder.encode_image(image, "masked"), one, atol=1e-6)
     mean = np.mean([one, *others], axis=0)
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
@@ -338,12 +373,12 @@ def test_masked_tower_equals_the_unmasked_tower_on_the_same_patches():
     model = FLIP(helpers.model_with(), nnx.Rngs(0))
     patches = patchify(jnp.asarray(helpers.batch(4)[0]), 8)
     keep = jnp.array([[3, 0, 9, 15], [1, 2, 3, 4], [15, 14, 13, 12], [0, 5, 10, 15]])
-    masked = model.embed_patches(patches, keep)
+    masked = model.encode_patches(gather(patches, keep), keep)
     small = FLIP(helpers.model_with(image_image_size=16), nnx.Rngs(0))  # 2 x 2 patches
     table = model.image.pos_embed[0]
     for row in range(4):
         small.image.pos_embed[...] = jnp.concatenate([table[:1], table[1:][keep[row]]])[None]
-        alone = small.embed_patches(patches[row, keep[row]][None], None)
+        alone = small.encode_patches(patches[row, keep[row]][None])
         np.testing.assert_allclose(masked[row], alone[0], atol=1e-6)
 
 
@@ -362,14 +397,15 @@ def test_order_of_the_kept_patches_does_not_matter():
     model = FLIP(helpers.model_with(), nnx.Rngs(0))
     patches = patchify(jnp.asarray(helpers.batch(2)[0]), 8)
     keep = jnp.array([[3, 0, 9, 15], [1, 2, 3, 4]])
-    np.testing.assert_allclose(
-        model.embed_patches(patches, keep), model.embed_patches(patches, keep[:, ::-1]), atol=1e-6
-    )
+    forwards, backwards = (model.encode_patches(gather(patches, x), x) for x in (keep, keep[:, ::-1]))
+    np.testing.assert_allclose(forwards, backwards, atol=1e-6)
 
 
 def test_no_masking_shuffles_nothing():
-    settings = helpers.model_with(image_mask_ratio=0.0)
-    assert visible(settings.image, jax.random.key(0), jnp.zeros((2, 16, 3))) is None
+    image = helpers.batch(2)[0]
+    patches, positions = masking.see_image(helpers.model_with(image_mask_ratio=0.0).image, KEY, image)
+    assert positions is None
+    np.testing.assert_array_equal(patches, patchify(image, 8))
 
 
 def test_patches_are_in_row_order_each_row_column_channel():

@@ -5,6 +5,7 @@ import collections
 import copy
 import functools
 import itertools
+import logging
 import os
 import random
 import re
@@ -22,6 +23,8 @@ from flip_jax.data import sources, transforms
 from flip_jax.data.records import BadRecord, Record
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
+
+_log = logging.getLogger(__name__)
 
 PREFETCH = 2  # batches that are ready ahead of the training step
 SLICE = 16  # records that a thread decodes at a time
@@ -117,6 +120,32 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
         texts = (text for record in records for text in record.get("texts", []))
         captions += itertools.islice(texts, limit // len(mixture))
     return captions
+
+
+def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer | None:
+    """Chooses a run's tokenizer: the `saved` one of its checkpoint, that of `config.data.vocab`, or a new one.
+
+    None if a classifier is trained, which reads no text.
+
+    Raises:
+      UserError: the tokenizer has more entries than `config.model.text.vocab_size`.
+    """
+    if config.finetune.classes:
+        return None
+    size = config.model.text.vocab_size
+    if saved:
+        tokenizer = saved
+    elif config.data.vocab:
+        tokenizer = Tokenizer.from_vocab(config.data.vocab)
+    else:
+        _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
+        tokenizer = Tokenizer.train(caption_sample(config), size)
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"config.model.text.vocab_size {size} is less than the tokenizer's {tokenizer.vocab_size} entries "
+            f"({config.data.vocab}); raise it to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
 
 
 class _Batches(grain.IterDataset):
@@ -309,7 +338,7 @@ class _Target(NamedTuple):
 
 
 def _make_target(config, tokenizer):
-    """Decides what is trained, pairs or a classifier; nothing else in this package asks."""
+    """Decides what an image is paired with; the batches below never ask whether a classifier is trained."""
     classes = config.finetune.classes
 
     def captions(record):

@@ -1,4 +1,4 @@
-"""What a model in training sees and says: a few pictures as the mask leaves them, and the logits of a few pairs."""
+"""A look at a model in training: a few images as the mask leaves them, and the logits of a few pairs."""
 
 from typing import Any
 
@@ -8,38 +8,30 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flip_jax import sharding
+from flip_jax import masking, sharding
 from flip_jax.config import Config
-from flip_jax.models import vit
 from flip_jax.models.flip import FLIP
 
 PAIRS = 64  # whose logits are taken, or one for each part of the batch where there are more of these
-PICTURES = 8
-GREY = 225  # of what is removed
-
-
-def kept_patches(image_SxSx3: np.ndarray, position_K: np.ndarray, patch_size: int) -> np.ndarray:
-    """The uint8 picture with all patches but those at the positions in light grey."""
-    side = len(image_SxSx3) // patch_size
-    shown = np.isin(np.arange(side**2), position_K).reshape(side, side)
-    return np.where(np.kron(shown, np.ones((patch_size, patch_size), bool))[:, :, None], image_SxSx3, np.uint8(GREY))
+IMAGES = 8
 
 
 class Snapshot:
-    """A program of its own beside the train step, compiled at the first call."""
+    """A program of its own next to the train step, compiled at the first call."""
 
     def __init__(self, graphdef: nnx.GraphDef, config: Config, mesh: Mesh):
-        settings = config.model
-
         def look(params, image_BxHxWx3, token_BxT, key):
             model: FLIP = nnx.merge(graphdef, params)
-            masks = model.masks(image_BxHxWx3, token_BxT, key)
-            image_BxE, text_BxE, _ = model.encode_pairs(image_BxHxWx3, token_BxT, masks)
+            view = masking.see(config.model, key, image_BxHxWx3, token_BxT)
+            image_BxE, text_BxE, _ = model.encode_pairs(view)
             logit_BxB = model.scale() * jnp.einsum("ie,te->it", image_BxE, text_BxE)
-            if settings.loss == "sigmoid":
+            if config.model.loss == "sigmoid":
                 logit_BxB += model.logit_bias[0]
-            picture_NxSxSx3 = vit.resized(settings.image, image_BxHxWx3[:PICTURES])
-            return logit_BxB, picture_NxSxSx3, None if masks[0] is None else masks[0][:PICTURES]
+            return (
+                logit_BxB,
+                view.patch_BxKxP[:IMAGES],
+                None if view.position_BxK is None else view.position_BxK[:IMAGES],
+            )
 
         self._look = jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._mesh, self._config = mesh, config
@@ -54,10 +46,10 @@ class Snapshot:
         rows = own * min(len(batch["image"]) // own, -(-PAIRS // shards))
         arrays = sharding.to_devices(self._mesh, batch["image"][:rows], batch["text"][:rows])
         key = jax.random.fold_in(jax.random.key(self._config.seed), step)
-        logit_BxB, image_NxSxSx3, position_NxK = jax.device_get(self._look(params, *arrays, key))
-        if position_NxK is not None:
-            patch_size = self._config.model.image.patch_size
-            pairs = zip(image_NxSxSx3, position_NxK, strict=True)
-            image_NxSxSx3 = np.stack([kept_patches(image, position, patch_size) for image, position in pairs])
+        logit_BxB, patch_NxKxP, position_NxK = jax.device_get(self._look(params, *arrays, key))
+        image = self._config.model.image
+        positions = [None] * len(patch_NxKxP) if position_NxK is None else position_NxK
+        grid = image.image_size // image.patch_size
+        seen = [masking.unpatchify(*pair, grid) for pair in zip(patch_NxKxP, positions, strict=True)]
         pair = np.eye(len(logit_BxB), dtype=bool)
-        return {"logits/pairs": logit_BxB[pair], "logits/others": logit_BxB[~pair]}, {"masks": image_NxSxSx3}
+        return {"logits/pairs": logit_BxB[pair], "logits/others": logit_BxB[~pair]}, {"masks": np.stack(seen)}

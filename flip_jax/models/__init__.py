@@ -13,3 +13,19 @@ def build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
         return Classifier(config, rngs)
     return FLIP(config.model, rngs)
+
+
+def flops_per_sample(config: Config) -> float:
+    """Floating-point operations of one training sample, forward and backward, counting visible patches only.
+
+    Matrix products only and no recompute, as model FLOP utilisation (MFU) is defined.
+    """
+    image, text, classes = config.model.image, config.model.text, config.finetune.classes
+    visible = image.visible_patches
+    embed = visible * 2 * 3 * image.patch_size**2 * image.width
+    project = 2 * image.width * classes if classes else 2 * (image.width + text.width) * config.model.embed_dim
+    towers = sum(
+        tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
+        for tower, tokens in ((image, visible + 1), (text, 0 if classes else text.visible_tokens))
+    )
+    return 3.0 * (embed + project + towers)

@@ -15,14 +15,14 @@ from flax import nnx
 
 import flip_jax.models.vit as vit
 from flip_jax.config import Config, FinetuneConfig
-from flip_jax.models.vit import patchify
+from flip_jax.masking import patchify
 
 
 class Classifier(nnx.Module):
     """The image tower, and a linear head on its pooled output that starts at 0. The sizes of the tower are FLIP's."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.settings = config.model
+        self.config = config.model
         self.image = vit.VisionTransformer(config.model, rngs)
         self.head = nnx.Linear(
             config.model.image.width,
@@ -35,16 +35,16 @@ class Classifier(nnx.Module):
         )
 
     def features(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """The pooled f32 tower output [B, width] of uint8 pictures."""
-        return self.image(patchify(image_BxHxWx3, self.settings.image.patch_size))
+        """The pooled f32 tower output [B, width] of uint8 images."""
+        return self.image(patchify(image_BxHxWx3, self.config.image.patch_size))
 
     def encode_image(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """The scores [B, classes] of uint8 pictures, f32: what a classifier has in place of embeddings."""
+        """The scores [B, classes] of uint8 images, f32: what a classifier has in place of embeddings."""
         return self.head(self.features(image_BxHxWx3))
 
 
 def make_loss_and_grads(
-    graphdef: nnx.GraphDef, settings: FinetuneConfig
+    graphdef: nnx.GraphDef, config: FinetuneConfig
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
     """loss_and_grads(params, image uint8 [B, H, W, 3], label int32 [B], key) over the global batch."""
 
@@ -53,8 +53,8 @@ def make_loss_and_grads(
         return jnp.mean(optax.softmax_cross_entropy(model.encode_image(image_BxHxWx3), target_BxC))
 
     def loss_and_grads(params, image, label, key):
-        target = optax.smooth_labels(jax.nn.one_hot(label, settings.classes), settings.label_smoothing)
-        image, target = mix(key, image, target, settings.mixup, settings.cutmix)
+        target = optax.smooth_labels(jax.nn.one_hot(label, config.classes), config.label_smoothing)
+        image, target = mix(key, image, target, config.mixup, config.cutmix)
         return jax.value_and_grad(loss)(params, image, target)
 
     return loss_and_grads
@@ -79,7 +79,7 @@ def mix(
     share = jnp.where(cut, 1 - jnp.mean(inside_HxW), share)
     weight_HxW = jnp.where(cut, 1.0 - inside_HxW, share)[None, :, :, None]
     mixed = weight_HxW * image_BxHxWx3 + (1 - weight_HxW) * image_BxHxWx3[::-1]
-    # Rounded again, so that the tower normalises them as it does all pictures.
+    # Rounded again, so that the tower normalises them as it does all images.
     return jnp.round(mixed).astype(jnp.uint8), share * target_BxC + (1 - share) * target_BxC[::-1]
 
 
@@ -93,3 +93,28 @@ def rectangle(key: jax.Array, size: tuple[int, int], area: jax.Array) -> jax.Arr
 
     rows_H, columns_W = (within(k, n) for k, n in zip(jax.random.split(key), size, strict=True))
     return rows_H[:, None] & columns_W[None]
+
+
+def by_layer(optimizer: optax.GradientTransformation, config: Config) -> optax.GradientTransformation:
+    """Multiplies each layer's whole update, decay included, by its `layer_shares`."""
+
+    def multiply(updates, _):
+        shares = layer_shares(updates, config.finetune.layer_decay, config.model.image.depth)
+        return jax.tree.map(jnp.multiply, updates, shares)
+
+    return optax.chain(optimizer, optax.stateless(multiply))
+
+
+def layer_shares(params: Any, layer_decay: float, depth: int) -> Any:
+    """What each parameter's rate is multiplied by: `layer_decay` to the power of the layers between it and the head.
+
+    The head and the last norm are 0 layers away, the last block 1, the first `depth`, the embedding one more.
+    """
+
+    def share(path, x):
+        names = [key.key for key in path]
+        if names[:3] == ["image", "transformer", "blocks"]:
+            return (layer_decay ** jnp.arange(depth, 0, -1)).reshape(-1, *[1] * (x.ndim - 1))
+        return layer_decay ** (depth + 1) if names[0] == "image" and names[1] != "transformer" else 1.0
+
+    return jax.tree_util.tree_map_with_path(share, params)

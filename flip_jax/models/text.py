@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import flip_jax.models.transformer as transformer
-from flip_jax import masking
-from flip_jax.config import ModelConfig, TextConfig
+from flip_jax.config import ModelConfig
 from flip_jax.masking import PAD
 from flip_jax.sharding import whole
 
@@ -14,43 +13,32 @@ from flip_jax.sharding import whole
 class TextTransformer(nnx.Module):
     """Token embedding, learned positions, transformer, pooling. No special token is put in front (official)."""
 
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        self.settings, self.dtype = model.text, jnp.dtype(model.dtype)
-        settings = model.text
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config, self.dtype = config.text, jnp.dtype(config.dtype)
+        tower = config.text
         normal = nnx.initializers.normal(0.02)
         self.token_embed = nnx.Param(
-            normal(rngs.params(), (settings.vocab_size, settings.width), jnp.float32), axes=("vocab", "embed")
+            normal(rngs.params(), (tower.vocab_size, tower.width), jnp.float32), axes=("vocab", "embed")
         )
         self.pos_embed = nnx.Param(
-            normal(rngs.params(), (1, settings.context_length, settings.width), jnp.float32),
-            axes=(None, None, "norm"),
+            normal(rngs.params(), (1, tower.context_length, tower.width), jnp.float32), axes=(None, None, "norm")
         )
-        self.transformer = transformer.Transformer(settings, model, rngs)
+        self.transformer = transformer.Transformer(tower, config, rngs)
 
-    def __call__(self, token_BxT: jax.Array, keep_BxK: jax.Array | None = None) -> jax.Array:
-        """Encodes int32 tokens, 0 being padding; with `keep_BxK` only those there. Returns pooled f32 [B, width]."""
-        position_xTxD = self.pos_embed[...].astype(self.dtype)
-        if keep_BxK is not None:
-            token_BxT = jnp.take_along_axis(token_BxT, keep_BxK, axis=1)
-            position_xTxD = position_xTxD[0, keep_BxK]
-        real_BxT = token_BxT != PAD
+    def __call__(self, token_BxK: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
+        """Encodes int32 tokens, 0 being padding, at these positions (None: all); pooled f32 [B, width]."""
+        config, real_BxK = self.config, token_BxK != PAD
+        position = self.pos_embed[...].astype(self.dtype)
         table = whole(self.token_embed[...].astype(self.dtype))
-        x = table[token_BxT] + position_xTxD
-        mask = real_BxT[:, None, None, :] if self.settings.mask_padding else None
-        if self.settings.causal:
+        x = table[token_BxK] + (position if position_BxK is None else position[0, position_BxK])
+        mask = real_BxK[:, None, None, :] if config.mask_padding else None
+        if config.causal:
             mask = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
         x = self.transformer(x, mask).astype(jnp.float32)
-        if self.settings.pool == "first":
+        if config.pool == "first":
             return x[:, 0]
-        if self.settings.pool == "last":
-            last_B = jnp.max(jnp.where(real_BxT, jnp.arange(x.shape[1])[None], 0), axis=1)
+        if config.pool == "last":
+            last_B = jnp.max(jnp.where(real_BxK, jnp.arange(x.shape[1])[None], 0), axis=1)
             return jnp.take_along_axis(x, last_B[:, None, None], axis=1)[:, 0]
-        weight_BxTx1 = real_BxT[:, :, None].astype(jnp.float32)
-        return jnp.sum(x * weight_BxTx1, axis=1) / jnp.maximum(jnp.sum(weight_BxTx1, axis=1), 1)
-
-
-def visible(settings: TextConfig, key: jax.Array, token_BxT: jax.Array) -> jax.Array | None:
-    """Positions of the tokens that stay in a training step, rising, or None where none is removed."""
-    if settings.mask_ratio == 0:
-        return None
-    return masking.TEXT_STRATEGIES[settings.mask](key, token_BxT, settings.visible_tokens)
+        weight_BxKx1 = real_BxK[:, :, None].astype(jnp.float32)
+        return jnp.sum(x * weight_BxKx1, axis=1) / jnp.maximum(jnp.sum(weight_BxKx1, axis=1), 1)

@@ -29,13 +29,13 @@ ACTIVATIONS = {
 }
 
 
-def layer_norm(width: int, model: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm; statistics in f32, the output in the model's `dtype`."""
     vector = {"axes": ("norm",)}
     return nnx.LayerNorm(
         width,
-        epsilon=model.norm_eps,
-        dtype=jnp.dtype(model.dtype),
+        epsilon=config.norm_eps,
+        dtype=jnp.dtype(config.dtype),
         rngs=rngs,
         scale_metadata=vector,
         bias_metadata=vector,
@@ -58,7 +58,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     """Attention [B, T, heads, D] with its softmax in f32, `by` "xla" or, where there is no mask, "cudnn"."""
     if by == "xla" or mask is not None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
-    # JAX 0.10 refuses to differentiate cuDNN's for odd numbers of tokens: there is one more, which none looks at.
+    # JAX 0.10 refuses to differentiate cuDNN's attention for odd numbers of tokens: pad with one token and mask it out.
     batch, length = query.shape[:2]
     odd = length % 2
     query, key, value = (jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (query, key, value))
@@ -71,15 +71,15 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), of hidden width 4x."""
 
-    def __init__(self, width: int, heads: int, model: ModelConfig, rngs: nnx.Rngs):
-        self.heads, self.activation, dtype = heads, model.activation, jnp.dtype(model.dtype)
-        self.attention = model.attention if jax.default_backend() == "gpu" else "xla"
-        self.norm1 = layer_norm(width, model, rngs)
+    def __init__(self, width: int, heads: int, config: ModelConfig, rngs: nnx.Rngs):
+        self.heads, self.activation, dtype = heads, config.activation, jnp.dtype(config.dtype)
+        self.attention = config.attention if jax.default_backend() == "gpu" else "xla"
+        self.norm1 = layer_norm(width, config, rngs)
         self.query = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
         self.key = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
         self.value = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
         self.out = dense((width, width), ("heads", "embed"), xavier, dtype, rngs)
-        self.norm2 = layer_norm(width, model, rngs)
+        self.norm2 = layer_norm(width, config, rngs)
         self.mlp1 = dense((width, 4 * width), ("embed", "mlp"), xavier, dtype, rngs)
         self.mlp2 = dense((4 * width, width), ("mlp", "embed"), xavier, dtype, rngs)
 
@@ -98,16 +98,16 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """`depth` blocks and a final norm. Every block parameter has the shape [depth, ...]."""
 
-    def __init__(self, tower: ImageConfig | TextConfig, model: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, tower: ImageConfig | TextConfig, config: ModelConfig, rngs: nnx.Rngs):
 
         @nnx.split_rngs(splits=tower.depth)
         @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
         def stacked(rngs):
-            return Block(tower.width, tower.heads, model, rngs)
+            return Block(tower.width, tower.heads, config, rngs)
 
         self.blocks = stacked(rngs)
-        self.norm = layer_norm(tower.width, model, rngs)
-        self.model = model
+        self.norm = layer_norm(tower.width, config, rngs)
+        self.config = config
 
     def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """`mask`, broadcast to [B, heads, T, T], is true where attention may look; None: everywhere."""
@@ -116,6 +116,6 @@ class Transformer(nnx.Module):
         def step(x, layer):
             return nnx.merge(graphdef, layer)(x, mask), None
 
-        if policy := _REMAT_POLICIES.get(self.model.remat):
-            step = jax.checkpoint(step, policy=policy, prevent_cse=self.model.unroll)
-        return self.norm(jax.lax.scan(step, x_BxTxD, layers, unroll=self.model.unroll)[0])
+        if policy := _REMAT_POLICIES.get(self.config.remat):
+            step = jax.checkpoint(step, policy=policy, prevent_cse=self.config.unroll)
+        return self.norm(jax.lax.scan(step, x_BxTxD, layers, unroll=self.config.unroll)[0])

@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 import flip_jax.models.transformer as transformer
-from flip_jax import masking
 from flip_jax.config import ImageConfig, ModelConfig
 
 # Mean and standard deviation of the channels, as shares of the brightest value.
@@ -17,14 +16,6 @@ PIXEL_STATS = {
     "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-
-
-def patchify(image_BxHxWx3: jax.Array, patch_size: int) -> jax.Array:
-    """Non-overlapping patches in row order, each flattened as (row, column, channel): [B, L, patch_size**2 * 3]."""
-    batch, height, width, channels = image_BxHxWx3.shape
-    rows, columns = height // patch_size, width // patch_size
-    x = image_BxHxWx3.reshape(batch, rows, patch_size, columns, patch_size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
 def sincos_2d(grid: int, width: int) -> np.ndarray:
@@ -62,14 +53,14 @@ def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarr
     return resized.reshape(patch_size, patch_size, channels, width).astype(np.float32)
 
 
-def resize_weight(settings: ImageConfig, name: str, value: np.ndarray) -> np.ndarray:
+def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarray:
     """A weight ("pos_embed" or "patch_kernel") of a tower of another image or patch size, for this one."""
     if name == "patch_kernel":
-        return resize_patch_kernel(value, settings.patch_size)
-    grid = settings.image_size // settings.patch_size
-    if settings.positions == "learned":
+        return resize_patch_kernel(value, config.patch_size)
+    grid = config.image_size // config.patch_size
+    if config.positions == "learned":
         return np.asarray(resize_positions(value, grid))
-    return sincos_2d(grid, settings.width)  # rebuilt, as the official code does
+    return sincos_2d(grid, config.width)  # rebuilt, as the official code does
 
 
 def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -80,55 +71,53 @@ def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax
 class VisionTransformer(nnx.Module):
     """Patch embedding, positions, cls token, transformer, pooling."""
 
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        self.settings, self.dtype = model.image, jnp.dtype(model.dtype)
-        settings, patch, width = model.image, model.image.patch_size, model.image.width
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config, self.dtype = config.image, jnp.dtype(config.dtype)
+        tower, patch, width = config.image, config.image.patch_size, config.image.width
         self.patch_kernel = nnx.Param(
             _patch_init(rngs.params(), (patch, patch, 3, width), jnp.float32), axes=(None, None, None, "embed")
         )
-        self.patch_bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if settings.patch_bias else None
-        grid = settings.image_size // patch
+        self.patch_bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if tower.patch_bias else None
+        grid = tower.image_size // patch
         normal = nnx.initializers.normal(0.02)
         self.cls = nnx.Param(normal(rngs.params(), (1, 1, width), jnp.float32), axes=(None, None, "norm"))
-        learned = settings.positions == "learned"
+        learned = tower.positions == "learned"
         table = normal(rngs.params(), (1, 1 + grid**2, width)) if learned else jnp.asarray(sincos_2d(grid, width))
         self.pos_embed = nnx.Param(table, axes=(None, None, "norm"))
-        self.pre_norm = transformer.layer_norm(width, model, rngs) if settings.pre_norm else None
-        self.transformer = transformer.Transformer(settings, model, rngs)
+        self.pre_norm = transformer.layer_norm(width, config, rngs) if tower.pre_norm else None
+        self.transformer = transformer.Transformer(tower, config, rngs)
 
-    def __call__(self, patch_BxLxP: jax.Array, keep_BxK: jax.Array | None = None) -> jax.Array:
-        """Encodes patches; with `keep_BxK` only those, in that order. Returns pooled f32 [B, width]."""
-        return self.pool(self.tokens(patch_BxLxP, keep_BxK))
+    def __call__(self, patch_BxKxP: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
+        """Encodes patches and pools them: f32 [B, width]."""
+        return self.pool(self.tokens(patch_BxKxP, position_BxK))
 
     def pool(self, token_BxTxD: jax.Array) -> jax.Array:
-        """The vector [B, width] that stands for the picture, of what `tokens` returned."""
-        if self.settings.pool == "cls":
+        """The vector [B, width] that stands for the image, from what `tokens` returned."""
+        if self.config.pool == "cls":
             return token_BxTxD[:, 0]
-        return jnp.mean(token_BxTxD[:, 1:] if self.settings.pool == "patches" else token_BxTxD, axis=1)
+        return jnp.mean(token_BxTxD[:, 1:] if self.config.pool == "patches" else token_BxTxD, axis=1)
 
-    def tokens(self, patch_BxLxP: jax.Array, keep_BxK: jax.Array | None = None) -> jax.Array:
-        """The encoded tokens, f32 [B, 1 + visible patches, width], cls first.
+    def tokens(self, patch_BxKxP: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
+        """The encoded tokens, f32 [B, 1 + K, width], cls first.
 
-        Patches are uint8, or floats already normalised. The others are dropped as pixels, so that the embedding, too,
-        costs only the visible share; positions are those of the whole picture, interpolated for one of another size.
+        Patches are uint8, or floats already normalised. Positions are those in the whole image; None means all of its
+        patches in row order, whose position table is interpolated where the image has another size.
         """
-        grid = math.isqrt(patch_BxLxP.shape[1])
-        learned = self.settings.positions == "learned"
+        config = self.config
+        learned = config.positions == "learned"
         table = self.pos_embed[...] if learned else jax.lax.stop_gradient(self.pos_embed[...])
-        table = resize_positions(table, grid).astype(self.dtype)
-        position_xLxD = table[:, 1:]
-        if keep_BxK is not None:
-            patch_BxLxP = jnp.take_along_axis(patch_BxLxP, keep_BxK[:, :, None], axis=1)
-            position_xLxD = position_xLxD[0, keep_BxK]
-        if patch_BxLxP.dtype == jnp.uint8:
-            stats = (255 * np.array(x, np.float32) for x in PIXEL_STATS[self.settings.pixel_stats])
-            mean, std = (np.tile(x, self.settings.patch_size**2)[None, None] for x in stats)
-            patch_BxLxP = (patch_BxLxP - mean) / std
-        kernel = self.patch_kernel[...].reshape(-1, self.settings.width).astype(self.dtype)
-        x = patch_BxLxP.astype(self.dtype) @ kernel
+        if position_BxK is None:
+            table = resize_positions(table, math.isqrt(patch_BxKxP.shape[1]))
+        table = table.astype(self.dtype)
+        if patch_BxKxP.dtype == jnp.uint8:
+            stats = (255 * np.array(x, np.float32) for x in PIXEL_STATS[config.pixel_stats])
+            mean, std = (np.tile(x, config.patch_size**2)[None, None] for x in stats)
+            patch_BxKxP = (patch_BxKxP - mean) / std
+        kernel = self.patch_kernel[...].reshape(-1, config.width).astype(self.dtype)
+        x = patch_BxKxP.astype(self.dtype) @ kernel
         if self.patch_bias is not None:
             x += self.patch_bias[None, None].astype(self.dtype)
-        x += position_xLxD
+        x += table[:, 1:] if position_BxK is None else table[0, 1:][position_BxK]
         cls = self.cls[...].astype(self.dtype)
         if learned:
             cls += table[:, :1]
@@ -136,17 +125,3 @@ class VisionTransformer(nnx.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         return self.transformer(x).astype(jnp.float32)
-
-
-def resized(settings: ImageConfig, image_BxHxWx3: jax.Array) -> jax.Array:
-    """The pictures of a training step: smaller ones where masking is done by resizing."""
-    if settings.mask_ratio == 0 or settings.mask != "resize":
-        return image_BxHxWx3
-    return masking.resize(image_BxHxWx3, math.isqrt(settings.visible_patches) * settings.patch_size)
-
-
-def visible(settings: ImageConfig, key: jax.Array, patch_BxLxP: jax.Array) -> jax.Array | None:
-    """Positions of the patches that stay in a training step, or None where none is removed."""
-    if settings.mask_ratio == 0 or settings.mask == "resize":
-        return None
-    return masking.STRATEGIES[settings.mask](key, patch_BxLxP, settings.visible_patches)

@@ -20,7 +20,7 @@ def records(kind, path, **data):
 
 
 @pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
-def test_csv_names_pictures_by_path(tmp_path, suffix, delimiter):
+def test_csv_names_images_by_path(tmp_path, suffix, delimiter):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "é 1.png").write_bytes(png(1))
     (tmp_path / "2.png").write_bytes(png(2))
@@ -158,7 +158,7 @@ def test_tfds_captions_may_be_nested_or_class_names(toys):
     }
 
 
-def test_tfds_epochs_hold_every_record_once_and_go_on_from_every_place(toys):
+def test_tfds_epochs_hold_every_record_once_and_resume_at_every_place(toys):
     source, schedule = sources.open_source("tfds:toy_pairs/train", toys), sources.Schedule(100, 1)
     whole = list(itertools.islice(sources.interleave(source, schedule, [[0, 0], [1, 0]]), 10))
     stream = [record for _, chunk in whole for record in chunk]

@@ -29,7 +29,7 @@ LABEL = (np.arange(16) % 5).astype(np.int32)
 def test_rates_fall_from_the_head_to_the_patches():
     """Depth 2 and a factor of 0.5, by hand: head 1, blocks 1/2 and 1/4, embedding 1/8."""
     model = models.build(CONFIG, nnx.Rngs(0))
-    shares = optim.layer_shares(nnx.to_pure_dict(nnx.split(model)[1]), 0.5, 2)
+    shares = classifier.layer_shares(nnx.to_pure_dict(nnx.split(model)[1]), 0.5, 2)
     assert shares["head"] == {"kernel": 1.0, "bias": 1.0}
     assert shares["image"]["patch_kernel"] == shares["image"]["cls"] == shares["image"]["patch_bias"] == 0.125
     assert set(jax.tree.leaves(shares["image"]["transformer"]["norm"])) == {1.0}
@@ -45,10 +45,10 @@ def test_updates_are_adamws_times_the_shares():
     def updates(layer_decay):
         settings = dataclasses.replace(CONFIG, finetune=dataclasses.replace(PLAIN, layer_decay=layer_decay))
         settings = dataclasses.replace(settings, warmup_samples=0)
-        optimizer = optim.make_optimizer(settings)
+        optimizer = classifier.by_layer(optim.make_optimizer(settings), settings)
         return optimizer.update(grads, optimizer.init(params), params)[0]
 
-    whole, halved, shares = updates(1.0), updates(0.5), optim.layer_shares(params, 0.5, 2)
+    whole, halved, shares = updates(1.0), updates(0.5), classifier.layer_shares(params, 0.5, 2)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole)) > 1e-4
     jax.tree.map(lambda a, b, share: np.testing.assert_allclose(b, a * share, rtol=1e-6), whole, halved, shares)
 
@@ -197,11 +197,11 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(tuned, tmp_path):
 def test_a_classifier_reads_no_text(tuned, shards):
     with pytest.raises(ValueError, match="a fine-tuned classifier reads no text; use classify"):
         evaluators.find(f"zeroshot/webdataset:{shards}/*.tar", CONFIG)
-    with pytest.raises(ValueError, match="the model is no classifier .config.finetune.classes is 0."):
+    with pytest.raises(ValueError, match="the model is not a classifier .config.finetune.classes is 0."):
         evaluators.find(f"classify/webdataset:{shards}/*.tar", helpers.CONFIG)
     encoder = inference.load(tuned[1])
     settings = dataclasses.replace(encoder.config, finetune=dataclasses.replace(PLAIN, classes=5))
-    with pytest.raises(ValueError, match="has label 7, the model 5 classes"):
+    with pytest.raises(ValueError, match="has label 7, but the model has only 5 classes"):
         evaluators.evaluate(encoder, f"classify/webdataset:{shards}/*.tar", settings)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flip_jax import masking
 from flip_jax.config import DecoderConfig
 from flip_jax.models.flip import FLIP
-from flip_jax.models.vit import patchify
 
 SETTINGS = dataclasses.replace(helpers.MODEL, decoder=DecoderConfig(weight=0.5, width=24, depth=2, heads=2))
 KEY = jax.random.key(0)
@@ -26,8 +26,8 @@ def model():
 def seen(model):
     """Tokens, positions of the visible patches, and all patches of four pictures."""
     image, text = helpers.batch(4)
-    keep, patches = model.masks(image, text, KEY)[0], patchify(jnp.asarray(image), 8)
-    return model.image.tokens(patches, keep), keep, patches
+    view = masking.see(model.config, KEY, image, text)
+    return model.image.tokens(view.patch_BxKxP, view.position_BxK), view.position_BxK, view.all_BxLxP
 
 
 def test_a_head_that_predicts_zero_has_the_variance_of_the_removed_patches(model, seen):
@@ -53,9 +53,9 @@ def test_tokens_go_to_the_places_they_came_from(model, seen):
 
 def test_its_weight_is_that_of_its_loss_in_training(model, seen):
     image, text = helpers.batch(4)
-    *embeddings, added = model.encode_pairs(image, text, model.masks(image, text, KEY))
+    *embeddings, added = model.encode_pairs(masking.see(model.config, KEY, image, text))
     np.testing.assert_allclose(added, 0.5 * model.decoder(*seen), rtol=1e-5)
     plain = FLIP(helpers.MODEL, nnx.Rngs(0))
     assert not hasattr(plain, "decoder")
-    for ours, theirs in zip(embeddings, plain.encode_pairs(image, text, plain.masks(image, text, KEY)), strict=False):
+    for ours, theirs in zip(embeddings, plain.encode_pairs(masking.see(plain.config, KEY, image, text)), strict=False):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
-from flip_jax import metrics
+from flip_jax import models
+from flip_jax.config import Config
 from flip_jax.models import transformer
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
@@ -112,7 +113,7 @@ def test_counted_flops_agree_with_the_compiler(load_recipe):
         return model.encode_image(image), model.encode_text(text)
 
     counted = jax.jit(forward).lower(params).compile().cost_analysis()["flops"] / 8
-    assert 0.85 < metrics.flops_per_sample(settings) / 3 / counted <= 1.01
+    assert 0.85 < models.flops_per_sample(Config(model=settings)) / 3 / counted <= 1.01
 
 
 def test_a_caption_of_padding_alone_leaves_the_gradients_finite():

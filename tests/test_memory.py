@@ -7,7 +7,7 @@ import helpers
 import jax
 import pytest
 
-from flip_jax import sharding, train_step
+from flip_jax import memory, sharding, train_step
 from flip_jax.config import MeshConfig
 from flip_jax.config_check import REMAT
 
@@ -18,7 +18,7 @@ def least(policy, limit=None):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     model = dataclasses.replace(helpers.MODEL, remat=policy)
     with jax.set_mesh(mesh):
-        return train_step.least_recompute(dataclasses.replace(helpers.CONFIG, model=model), mesh, limit)
+        return memory.least_recompute(dataclasses.replace(helpers.CONFIG, model=model), mesh, limit)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def compiler(monkeypatch):
     def make_program(config, mesh):
         return train_step.Program(config.model.remat, (), None, None, None)
 
-    monkeypatch.setattr(train_step, "lower", lower)
+    monkeypatch.setattr(memory, "lower", lower)
     monkeypatch.setattr(train_step, "make_program", make_program)
 
 
@@ -48,7 +48,7 @@ def compiler(monkeypatch):
 def test_the_first_that_fits_with_a_tenth_to_spare(compiler, limit, chosen):
     policy, program, peak = least("auto", limit)
     assert (policy, peak) == (chosen, NEEDED[chosen])
-    assert train_step.peak_bytes(program.step) == peak
+    assert memory.peak_bytes(program.step) == peak
 
 
 def test_nothing_fits(compiler):

@@ -1,7 +1,0 @@
-"""FLIP H/14 on LAION-2B, twice as long at half the rate."""
-
-from configs import common
-
-
-def get_config(arg=None):
-    return common.with_arg(common.laion2b(common.get_config("h", patch_size=14)), arg)

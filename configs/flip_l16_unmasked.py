@@ -1,7 +1,0 @@
-"""Unmasked tuning of FLIP L/16: set init_from to the pre-training's workdir."""
-
-from configs import common
-
-
-def get_config(arg=None):
-    return common.with_arg(common.unmasked(common.get_config("l")), arg)
