@@ -14,6 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flip_jax import config as config_lib
+from flip_jax.runtime import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -32,14 +33,14 @@ def make_mesh(settings: config_lib.MeshConfig, devices: list[jax.Device] | None 
     """Lays the devices (default: all of the run's) out as data x fsdp x tensor; TPU slices split `data` alone.
 
     Raises:
-      ValueError: the devices, or those of each slice, do not divide by fsdp * tensor.
+      UserError: the devices, or those of each slice, do not divide by fsdp * tensor.
     """
     devices = devices or jax.devices()
     on_tpu = devices[0].platform == "tpu"  # on GPUs a node is a slice, and fsdp may span some
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     inner = settings.fsdp * settings.tensor
     if len(devices) % (slices * inner):
-        raise ValueError(
+        raise UserError(
             f"config.mesh: fsdp {settings.fsdp} x tensor {settings.tensor} = {inner} does not divide the "
             f"{len(devices) // slices} devices of {'this run' if slices == 1 else f'each of the {slices} slices'}; "
             "choose sizes whose product does"
