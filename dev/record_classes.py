@@ -1,4 +1,4 @@
-"""Write flip_jax/evaluators/data/*.json from published packages: python dev/record_classes.py FOLDER
+"""Writes flip_jax/evaluators/data/*.json from published packages: python dev/record_classes.py FOLDER
 
 FOLDER holds the packages: pip install --no-deps --target=FOLDER clip-benchmark==1.6.2 open_clip_torch==3.3.0
 mmpretrain==1.2.0. Nothing of them is imported. What TFDS calls its classes comes from the installed TFDS.
@@ -156,9 +156,9 @@ def write(path: pathlib.Path, key: str, notes: dict, entries: dict) -> None:
 
 
 if __name__ == "__main__":
+    data = pathlib.Path(__file__).parent.parent / "flip_jax" / "evaluators" / "data"
     packages = pathlib.Path(sys.argv[1])
-    out = pathlib.Path(__file__).parent.parent / "flip_jax" / "evaluators" / "data"
-    notes = {"about": "Written by record.py. Data of others: `from` says whose.", "sources": SOURCES}
-    write(out / "classes.json", "sets", notes, classes(packages))
+    notes = {"about": "Written by dev/record_classes.py. Data of others: `from` says whose.", "sources": SOURCES}
+    write(data / "classes.json", "sets", notes, classes(packages))
     whose = {"imagenet": "open_clip", "ucf101": "prompts", "others": "clip"}
-    write(out / "templates.json", "templates", notes | {"from": whose}, templates(packages))
+    write(data / "templates.json", "templates", notes | {"from": whose}, templates(packages))

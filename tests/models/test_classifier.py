@@ -201,11 +201,11 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(tuned, tmp_path):
 def test_a_classifier_reads_no_text(tuned, shards):
     with pytest.raises(ValueError, match="a fine-tuned classifier reads no text; use classify"):
         evaluators.find(f"zeroshot/webdataset:{shards}/*.tar", CONFIG)
-    with pytest.raises(ValueError, match="the model is no classifier .config.finetune.classes is 0."):
+    with pytest.raises(ValueError, match="the model is not a classifier .config.finetune.classes is 0."):
         evaluators.find(f"classify/webdataset:{shards}/*.tar", helpers.CONFIG)
     encoder = inference.load(tuned[1])
     settings = dataclasses.replace(encoder.config, finetune=dataclasses.replace(PLAIN, classes=5))
-    with pytest.raises(ValueError, match="has label 7, the model 5 classes"):
+    with pytest.raises(ValueError, match="has label 7, but the model has only 5 classes"):
         evaluators.evaluate(encoder, f"classify/webdataset:{shards}/*.tar", settings)
 
 
