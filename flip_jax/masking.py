@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
+from flip_jax.runtime import UserError
 
 PAD = 0
 GREY = 225  # of the patches that are not seen, where they are drawn
@@ -99,7 +100,7 @@ def cluster(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def resize(image_BxHxWx3: jax.Array, side: int) -> jax.Array:
-    """Shrinks the whole image to `side` pixels instead of masking it. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
+    """Shrinks the whole image to `side` pixels instead. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
     shape = (len(image_BxHxWx3), side, side, 3)
     smaller = jax.image.resize(image_BxHxWx3.astype(jnp.float32), shape, "cubic")
     is_uint8 = image_BxHxWx3.dtype == jnp.uint8
@@ -236,21 +237,21 @@ def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) 
 
 
 def check(image: ImageConfig, text: TextConfig) -> None:
-    """Raises ValueError for a ratio that the strategy cannot keep exactly, or a strategy that makes no sense."""
+    """Raises UserError for a ratio that the strategy cannot keep exactly, or a strategy that makes no sense."""
     sizes = {"image": (image, image.visible_patches, "patch"), "text": (text, text.visible_tokens, "token")}
     for name, (tower, left, unit) in sizes.items():
         if not 0 <= tower.mask_ratio < 1:
-            raise ValueError(f"config.model.{name}.mask_ratio must be in [0, 1), got {tower.mask_ratio}")
+            raise UserError(f"config.model.{name}.mask_ratio must be in [0, 1), got {tower.mask_ratio}")
         if left < 1:
-            raise ValueError(f"config.model.{name}.mask_ratio {tower.mask_ratio} leaves no {unit}; lower it")
+            raise UserError(f"config.model.{name}.mask_ratio {tower.mask_ratio} leaves no {unit}; lower it")
     if text.mask_ratio and text.pool == "last":
-        raise ValueError(
+        raise UserError(
             f"config.model.text.pool 'last' reads the token that ends a caption, which mask={text.mask} may remove; "
             "set mask_ratio to 0, or pool to 'mean'"
         )
     side, ratio = image.image_size // image.patch_size, image.mask_ratio
     if ratio and image.mask == "grid" and (side % 2 or ratio not in (0.25, 0.5, 0.75)):
-        raise ValueError(
+        raise UserError(
             f"config.model.image.mask_ratio {ratio} of {side} x {side} patches: mask=grid removes 0.25, 0.5 or 0.75 "
             f"of an even number a side; set image_size {image.patch_size * (side + side % 2)} and "
             f"mask_ratio {min(0.75, max(0.25, round(4 * ratio) / 4))}"
@@ -259,7 +260,7 @@ def check(image: ImageConfig, text: TextConfig) -> None:
     if ratio and image.mask == "resize" and root**2 != image.visible_patches:
         # Half a patch more is removed, so that rounding leaves the count as it is.
         near = [f"{1 - (n**2 + 0.5) / side**2:.4f} ({n} x {n})" for n in (root, root + 1) if n < side]
-        raise ValueError(
+        raise UserError(
             f"config.model.image.mask_ratio {ratio} leaves {image.visible_patches} of {side} x {side} patches, but "
             f"mask=resize needs a square number of them; the nearest mask_ratio: {' or '.join(near)}"
         )

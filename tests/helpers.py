@@ -32,7 +32,7 @@ from flip_jax.data import transforms
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
-from flip_jax.tools import embed
+from flip_jax.tools import embed, index
 
 REPO = pathlib.Path(__file__).parent.parent
 FIXTURES = REPO / "tests" / "fixtures"
@@ -194,46 +194,42 @@ BATCH = 8
 WORDS = ("[PAD]", "[UNK]", "picture", "a", "red", *"0123456789", *(f"##{i}" for i in range(10)))
 
 
-def make_encoder(devices=1, seed=0):
+def make_encoder(devices=1, seed=0, words=WORDS, factor=1.0):
+    """A model with random weights, times a factor; without words it has no tokenizer, like a classifier."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
         graphdef, params = nnx.split(FLIP(MODEL, nnx.Rngs(seed)))
         params = jax.device_put(
             nnx.to_pure_dict(params), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         )
-        return Encoder(graphdef, params, Tokenizer({word: i for i, word in enumerate(WORDS)}), CONFIG)
+        params = jax.tree.map(lambda x: x * factor, params)
+        tokenizer = Tokenizer({word: i for i, word in enumerate(words)}) if words else None
+        return Encoder(graphdef, params, tokenizer, CONFIG)
 
 
 def write_embeddings(encoder, source, out, texts=False, processes=1, **changes):
-    """What the command does, for each of several processes in turn. Returns the index."""
+    """Write an index as the command does, for each of several processes in turn; return its index.json."""
     opened = embed.open_source(source, encoder.config.data, texts)
-    settings = {
+    identity = {
         "source": source,
         "items": len(opened),
         "embedded": "texts" if texts else "images",
-        "format": "parquet",
         "dtype": "float32",
         "embed_dim": 16,
         "rows_per_part": 10,
-        **embed.identity(encoder),
+        **index.identity(encoder),
         **changes,
     }
     for process in range(processes):
-        embedding = embed.Embedding(out, opened, settings, "a model", process)
+        embedding = embed.Embedding(out, opened, encoder.config.data, identity, "a model", process)
         embedding.run(encoder, range(process, embedding.units, processes), BATCH)
         assert embedding.finish() == (process == processes - 1)
     return embedding.index
 
 
 def embedded_rows(folder):
-    """All rows of an index, in order, embeddings included, read by pyarrow and NumPy alone."""
-    found = []
-    for path in sorted(folder.glob("part-*.parquet")):
-        table, beside = parquet.read_table(path).to_pylist(), path.with_suffix(".npy")
-        if beside.exists():
-            table = [row | {"embedding": e} for row, e in zip(table, np.load(beside), strict=True)]
-        found += table
-    return found
+    """Read all rows of an index, in order, with pyarrow alone."""
+    return [row for path in sorted(folder.glob("part-*.parquet")) for row in parquet.read_table(path).to_pylist()]
 
 
 def save(encoder, step):
@@ -254,7 +250,7 @@ def command(tool, **options):
         for value in ([values] if isinstance(values, str) else values)
     ]
     return subprocess.run(
-        [sys.executable, "-m", f"flip_jax.{tool}", *options],
+        [sys.executable, "-m", "flip_jax", tool, *options],
         cwd=REPO,
         env=environment(),
         capture_output=True,

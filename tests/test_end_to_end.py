@@ -47,7 +47,7 @@ def test_a_run_learns_evaluates_and_ends(undisturbed):
 def test_the_report_draws_three_pictures_and_ends_with_the_accuracy(undisturbed):
     workdir, _ = undisturbed
     done = run_command(
-        [sys.executable, "-m", "flip_jax.report", f"--workdir={workdir}", "--queries=red square,blue frame"]
+        [sys.executable, "-m", "flip_jax", "report", f"--model={workdir}", "--queries=red square,blue frame"]
     )
     for name in ("loss.png", "zeroshot.png", "retrieval.png"):
         with Image.open(workdir / "report" / name) as picture:

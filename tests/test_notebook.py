@@ -1,4 +1,4 @@
-"""The notebook, from top to bottom, and that git has none of its outputs."""
+"""Run the notebook from top to bottom, and check that its outputs are not committed."""
 
 import json
 import re
@@ -14,7 +14,7 @@ NOTEBOOK = REPO / "colab" / "flip_demo.ipynb"
 SAMPLES = 2560
 
 
-def test_no_outputs_are_kept():
+def test_no_outputs_are_committed():
     text = NOTEBOOK.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)
     nbformat.validate(notebook)
@@ -26,7 +26,7 @@ def test_no_outputs_are_kept():
 
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path):
-    """With a short training and a converted model; everything else is as for a person."""
+    """Train briefly and use a converted model; everything else runs as a user would run it."""
     encoder = make_encoder()
     checkpoint.write(tmp_path / "converted", encoder.params, encoder.tokenizer, encoder.config)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -40,8 +40,8 @@ def test_it_runs_from_top_to_bottom(tmp_path):
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 6  # masks, data, curve, classes, hits, time and memory
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 6  # masks, data, curve, classes, hits, time and memory
     found = re.search(r"zero-shot top-1 ([\d.]+) % top-5 ([\d.]+) % over 1890 classes", text)
     losses = [line["loss"] for line in metrics(tmp_path / "work" / f"run_{SAMPLES}") if "loss" in line]
     assert found and 0 < float(found[2]) < 100 and losses[-1] < losses[0]

@@ -1,6 +1,7 @@
-"""The commands of README.md and of docs/*.md: each names what there is; those of the README run on small data."""
+"""The commands, links and names in README.md, CONTRIBUTING.md and docs/; the README's commands run on small data."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -16,52 +17,59 @@ from benchmarks import turns
 from flip_jax import config as config_lib
 from flip_jax import config_check
 from flip_jax.data import sources
+from flip_jax.tools import COMMANDS
+from flip_jax.tools import __main__ as command_line
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+README = REPO / "README.md"
+DOCS = sorted((REPO / "docs").rglob("*.md"))
+PAGES = [README, REPO / "CONTRIBUTING.md", *DOCS]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 SETTINGS = config_check.flatten(config_lib.Config())
-
-# Programs of others, which tests cannot ask what they take.
-OTHERS = {
-    "clip_benchmark_export_wds",
-    "curl",
-    "docker",
-    "img2dataset",
-    "ssh-add",
-    "tensorboard",
-    "tfds",
-    "wandb",
-    "xprof",
-}
+INVENTED = ("configs/RECIPE.py", "configs/flip_b32.py")  # a placeholder, and the example of docs/extend.md
+# Programs of others, whose options cannot be checked here.
+OTHERS = "clip_benchmark_export_wds curl docker img2dataset pre-commit ssh-add tensorboard tfds wandb xprof".split()
 
 
 def commands(page):
-    """The commands in a page's fenced blocks, those of other languages left out, as lists of words."""
+    """Yield the commands in a page's fenced blocks without a language, as lists of words."""
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
         lines = [] if language else block.replace("\\\n", " ").splitlines()
-        for part in (part for line in lines for part in line.split(" && ")):
-            if words := shlex.split(part, comments=True):
+        for command in (command for line in lines for command in line.split(" && ")):
+            if words := shlex.split(command, comments=True):
                 yield words
 
 
-def cases():
-    found = ((page, words) for page in PAGES for words in commands(page))
-    return [pytest.param(words, id=f"{page.name}: {' '.join(words)[:90]}") for page, words in found]
+def check_recipe(text):
+    """Fail unless the recipe exists and accepts its argument."""
+    path, _, argument = text.partition(":")
+    if path not in INVENTED:
+        assert (REPO / path).is_file(), f"no such recipe: {path}"
+        recipe = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        config_check.from_config_dict(recipe.get_config(argument or None))
 
 
 def check_config(words):
-    """A recipe that is there, unless the page makes it up or leaves it open, and settings that it has."""
+    """Fail at a recipe or a setting that does not exist."""
     for word in words:
         if word.startswith("--config."):
             key = word.removeprefix("--config.").partition("=")[0]
             assert key in SETTINGS or key == "KEY", f"no such setting: {word}"
         elif word.startswith("--config="):
-            recipe = word.removeprefix("--config=").partition(":")[0]
-            invented = recipe in ("configs/RECIPE.py", "configs/flip_b32.py")  # the latter in docs/extend.md
-            assert invented or (REPO / recipe).is_file(), f"no such recipe: {recipe}"
+            check_recipe(word.removeprefix("--config="))
 
 
-def defined_flags(file):
-    """The names of a program's absl flags (or those that argparse is told of), and whether it takes --config."""
+def check_flip(words):
+    """Fail where the parser of `flip` does."""
+    try:
+        name, rest = command_line.select(words)
+        command_line.parse(name, importlib.import_module(f"flip_jax.tools.{name}"), rest)
+    except SystemExit as error:
+        assert not error.code, f"flip {' '.join(words)}: refused by its parser"
+    check_config(words)
+
+
+def check_flags(file, words):
+    """Fail at an option that a program's source does not define."""
     calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
     names = {
         call.args[0].value.lstrip("-")
@@ -70,29 +78,52 @@ def defined_flags(file):
         and call.args
         and isinstance(call.args[0], ast.Constant)
     }
-    return names
-
-
-def check_flags(file, words):
-    names = defined_flags(file)
     for word in words:
         if match := re.match(r"--(\w+)", word):
             assert match[1] in names, f"{file.name} has no flag --{match[1]}"
-    if "config" in names:
+    check_config(words)
+
+
+def check_pip(words):
+    assert words[0] == "install"
+    text = (REPO / "setup.py").read_text()
+    for word in words[1:]:
+        if match := re.fullmatch(r"\.\[(\w+)\]", word):
+            extras = text.partition("extras_require")[2]
+            assert f'"{match[1]}": [' in extras, f"setup.py has no extra {match[1]}"
+        else:
+            assert word in ("-e", ".", "xprof", "clip-benchmark", "pre-commit"), word
+
+
+def check_launch(words):
+    """Fail at a variable, script or action that launch/ does not know."""
+    text = "".join(path.read_text() for path in (REPO / "launch").iterdir() if path.is_file())
+    for name in (word.partition("=")[0] for word in words if re.match(r"[A-Z_]+=", word)):
+        assert re.search(rf"\b{name}\b", text) or name == "SBATCH_PARTITION", f"launch/ does not know {name}"
+    script = next((i for i, word in enumerate(words) if word.startswith("launch/")), None)
+    if script is not None:
+        assert os.access(REPO / words[script], os.X_OK), f"{words[script]} cannot be run"
+        assert re.search(rf"\b{words[script + 1]}\b", text), f"{words[script]} has no action {words[script + 1]}"
         check_config(words)
 
 
 def check(words):
-    """Fails where a command names a program, flag, setting, file or extra that there is not."""
+    """Fail at a program, option, setting, file or extra that does not exist."""
     program, *rest = words
     if program == "make":
-        for target in rest:
+        for target in (word for word in rest if "=" not in word):
             assert re.search(rf"^{re.escape(target)}:", (REPO / "Makefile").read_text(), re.MULTILINE), target
     elif program == "pip":
         check_pip(rest)
-    elif program == "python" and rest[0] == "main.py":
+    elif program == "flip":
+        check_flip(rest)
+    elif program.endswith("python") and rest[0] == "main.py":
         check_flags(REPO / "main.py", rest[1:])
-    elif program == "python" and rest[0] == "-m":
+    elif program.endswith("python") and rest[:2] == ["-m", "flip_jax"]:
+        check_flip(rest[2:])
+    elif program.endswith("python") and rest[:2] == ["-m", "pytest"]:
+        assert all((REPO / path).is_file() for path in rest[2:]), rest
+    elif program.endswith("python") and rest[0] == "-m":
         file = REPO / (rest[1].replace(".", "/") + ".py")
         assert file.is_file(), f"no such module: {rest[1]}"
         check_flags(file, rest[2:])
@@ -101,39 +132,14 @@ def check(words):
     elif program == "export" or re.match(r"\w+=", program) or program.startswith("launch/"):
         check_launch(words)
     else:
-        assert program in OTHERS, f"nothing here checks the command {program}: say how, or that it belongs to others"
+        assert program in OTHERS, f"{program} is neither a program of this repository nor listed in OTHERS"
 
 
-def check_pip(rest):
-    assert rest[0] == "install"
-    tree = ast.parse((REPO / "setup.py").read_text())
-    (extras,) = (
-        k.value for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "extras_require"
-    )
-    known = {key.value for key in extras.keys}
-    for word in rest[1:]:
-        if match := re.fullmatch(r"\.\[(\w+)\]", word):
-            assert match[1] in known, f"setup.py has no extra {match[1]}"
-        else:
-            assert word in ("-e", ".", "xprof", "clip-benchmark"), word
+CASES = [pytest.param(words, id=f"{page.name}: {' '.join(words)[:90]}") for page in PAGES for words in commands(page)]
 
 
-def check_launch(words):
-    """Variables and scripts of launch/, and what the scripts are asked to do."""
-    text = "".join(path.read_text() for path in (REPO / "launch").iterdir() if path.is_file())
-    variables = [word.partition("=")[0] for word in words if re.match(r"[A-Z_]+=", word)]
-    for name in variables:
-        assert re.search(rf"\b{name}\b", text) or name == "SBATCH_PARTITION", f"launch/ does not know {name}"
-    script = next((i for i, word in enumerate(words) if word.startswith("launch/")), None)
-    if script is not None:
-        file = REPO / words[script]
-        assert os.access(file, os.X_OK), f"{file} cannot be run"
-        assert re.search(rf"\b{words[script + 1]}\b", text), f"{words[script]} knows no {words[script + 1]}"
-        check_config(words)
-
-
-@pytest.mark.parametrize("words", cases())
-def test_a_command_names_what_there_is(words):
+@pytest.mark.parametrize("words", CASES)
+def test_a_command_is_valid(words):
     check(words)
 
 
@@ -143,27 +149,38 @@ def test_a_command_names_what_there_is(words):
         "make dmo",
         "pip install -e .[gpu]",
         "python main.py --config=configs/flip_x16.py",
+        "python main.py --config=configs/flip_l16.py:masked",
         "python main.py --config=configs/flip_l16.py --config.batch_size=3",
-        "python -m flip_jax.evaluat --workdir=a",
-        "python -m flip_jax.evaluate --work_dir=a",
+        "flip evaluat --model=a",
+        "flip evaluate --workdir=a",
+        "python -m flip_jax.evaluate --model=a",
+        "python -m flip_jax evaluate --workdir=a",
         "launch/tpu_vm.sh destroy",
         "export NAMES=flip",
         "train --fast",
     ],
 )
-def test_a_command_that_is_wrong_is_found(line):
-    with pytest.raises(AssertionError):
+def test_an_invalid_command_is_found(line):
+    with pytest.raises((AssertionError, KeyError, ValueError)):
         check(shlex.split(line))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_a_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_setting_in_the_text_is_one(page):
+@each_page
+def test_a_heading_that_a_link_names_exists(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", page.read_text()):
+        if "://" not in target:
+            headings = re.findall(r"^#+ (.*)$", ((page.parent / target) if target else page).read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+@each_page
+def test_a_setting_in_the_text_exists(page):
     groups = {key.partition(".")[0] for key in SETTINGS if "." in key} - {"model"} | {"model.image", "model.text"}
     names = re.findall(rf"`((?:{'|'.join(groups)})\.\w+)[`=]", page.read_text().replace("`config.", "`"))
     for name in names:
@@ -171,81 +188,98 @@ def test_a_setting_in_the_text_is_one(page):
             assert name in SETTINGS or name == "config.data", name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_the_text_names_is_there(page):
-    """Modules to run with -m, files of the project, and tests, where they stand in the text."""
+@each_page
+def test_commands_files_and_tests_in_the_text_exist(page):
     text = page.read_text()
     for module in re.findall(r"python -m ([\w.]*\w)", text):
-        assert (REPO / (module.replace(".", "/") + ".py")).is_file(), module
-    for file in re.findall(r"`((?:flip_jax|configs|tests|launch|benchmarks|colab)/[\w./]+\.\w+)", text):
-        assert (REPO / file).is_file() or file == "configs/RECIPE.py", file
-    for file, name in re.findall(r"`(test_\w+\.py)(?:::(test_\w+?))?(?:_\.\.\.)?`", text):
-        assert f"def {name}" in (REPO / "tests" / file).read_text(), f"{file}::{name}"
+        path = REPO / module.replace(".", "/")
+        assert module == "pytest" or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for name in re.findall(r"`(?:flip|python -m flip_jax) (\w+)", text):
+        assert name in COMMANDS or name == "NAME", f"flip {name}"
+    for recipe in re.findall(r"`(configs/\w+\.py(?::[^`]*)?)`", text):
+        if recipe != "configs/common.py":
+            check_recipe(recipe)
+    for file in re.findall(r"`((?:flip_jax|tests|launch|benchmarks|colab|dev|docs)/[\w./]+\.\w+)", text):
+        assert (REPO / file).is_file(), file
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(test_\w+?))?(?:_\.\.\.)?`", text):
+        found = list((REPO / "tests").rglob(file))
+        assert found and f"def {name}" in found[0].read_text(), f"{file}::{name}"
 
 
-def test_every_page_is_in_the_table_of_contents():
+def test_the_table_of_contents_has_every_page():
     contents = (REPO / "docs" / "README.md").read_text()
-    for page in PAGES[1:]:
-        assert page.name == "README.md" or f"]({page.name})" in contents, page.name
+    for page in DOCS:
+        assert page.name == "README.md" or f"]({page.relative_to(REPO / 'docs')})" in contents, page.name
 
 
-def test_the_messages_are_those_of_the_program():
-    section = (REPO / "README.md").read_text().partition("## When it says no")[2].partition("\n## ")[0]
+def test_common_errors_are_messages_of_the_program():
+    section = README.read_text().partition("## Common errors")[2].partition("\n## ")[0]
     source = "".join(path.read_text() for path in [REPO / "main.py", *(REPO / "flip_jax").rglob("*.py")])
     rows = re.findall(r"^\| `(.*?)` \|", section, re.MULTILINE)
     assert len(rows) >= 8
     for row in rows:
         for part in re.split(r"\bconfig\.mask_ratio\b|\b[NM]\b|\bnan\b|\.\.\.", row):
             assert part in source, f"{part!r} of {row!r} is nowhere in the program"
-    assert set(sources.KINDS) >= {"webdataset", "tfrecord", "parquet", "csv", "tfds"}
 
 
-# What the README's commands need to run here in seconds. They run in their order, each in the folder that the earlier
-# ones left their output in.
+def test_the_readme_names_kinds_of_sources_that_exist():
+    (names,) = re.findall(r"Kinds include (.*?);", README.read_text(), re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", names)) <= set(sources.KINDS)
+
+
+# What makes the README's commands run in seconds. They run in the order of the page, in one folder.
 CHANGES = {"total_samples": 96, "warmup_samples": 32, "checkpoint.every_steps": 0, "model.unroll": True}
 CHANGES |= {"model.image.depth": 1, "model.text.depth": 1}
 SMALL = [word for word in arguments("", "", **CHANGES)[4:] if "data.train" not in word]
 RUN = {
-    "python -m flip_jax.inspect_data": [],
+    "flip inspect": [],
+    "flip prepare": [],
     "python main.py --config=configs/flip_b16.py": [
         *SMALL,
         "--config.microbatches=2",
         "--config.eval.every_steps=3",
         "--config.model.text.vocab_size=200",
     ],
-    "python -m flip_jax.evaluate": ["--batch_size=64", "--classnames=pairs/classes.txt"],
-    "python -m flip_jax.card": [],
-    "python -m flip_jax.embed": [],
-    "python -m flip_jax.search": [],
-    "python -m flip_jax.convert open-clip-export": [],
+    "flip evaluate": ["--batch_size=64", "--classnames=pairs/classes.txt"],
+    "flip report": [],
+    "flip embed": [],
+    "flip search": [],
+    "flip convert open-clip-export": [],
     "python main.py --config=configs/finetune_l16.py": [
         *(word for word in SMALL if "text" not in word and "mask" not in word),
         "--config.finetune.classes=8",
         "--config.eval.batch_size=32",
     ],
-}
-NOT_HERE = {
-    "make": "the whole demo and the whole suite: .ci/run",
-    "pip": "installs",
-    "img2dataset": "a program of others",
-    "export": "a pod",
-    "launch/": "a pod",
-    "python -m flip_jax.demo": "serves until it is stopped: tests/test_demo.py",
-    "python -m flip_jax.convert official": "released weights: tests/test_convert_official.py runs it on ones made here",
+    "flip card": [],
 }
 REPLACED = {
     "/data/pairs/{00000..00127}.tar": "pairs/{00000..00001}.tar",
+    "/data/even": "even",
+    "--shards=256": "--shards=3",
     "/data/bert_uncased/vocab.txt": "vocab.txt",
     "zeroshot/imagenet,retrieval/coco": "zeroshot/webdataset:pairs/*.tar,retrieval/webdataset:pairs/*.tar",
     "--config.init_from=converted": "--config.init_from=runs/b16",
     "folder:/data/birds/": "folder:birds/",
 }
+MADE = "report/inspection.png b16.json runs/b16/report/loss.png runs/b16/README.md index/index.json hits.html"
+NOT_RUN = {
+    "make": "runs everything",
+    "pip": "installs",
+    "img2dataset": "a program of others",
+    "export": "a pod",
+    "launch/": "a pod",
+    "flip aot": "the TPU compiler: tests/tools/test_aot.py",
+    "flip demo": "serves until it is stopped: tests/tools/test_demo.py",
+    "flip convert official": "released weights: tests/tools/test_convert_official.py converts weights made there",
+}
 
 
-def test_every_command_of_the_readme_is_run_or_said_to_need_more():
-    for words in commands(REPO / "README.md"):
-        line = " ".join(words)
-        assert sum(line.startswith(start) for start in [*RUN, *NOT_HERE]) == 1, line
+def test_every_command_of_the_readme_is_run_or_has_a_reason_not_to():
+    lines = [" ".join(words) for words in commands(README)]
+    for line in lines:
+        assert sum(line.startswith(start) for start in [*RUN, *NOT_RUN]) == 1, line
+    for start in [*RUN, *NOT_RUN]:
+        assert any(line.startswith(start) for line in lines), start
 
 
 @pytest.mark.slow
@@ -261,23 +295,26 @@ def test_the_readme_from_shards_to_a_classifier(shards, tmp_path):
             for i in range(8):
                 Image.new("RGB", (40, 40), colour).save(folder / f"{i}.png")
     env = environment() | {"PYTHONPATH": str(REPO)}
-    for words in commands(REPO / "README.md"):
+    for words in commands(README):
         line = " ".join(words)
         if not (start := next((start for start in RUN if line.startswith(start)), None)):
             continue
         for old, new in REPLACED.items():
             words = [word.replace(old, new) for word in words]
-        words = [sys.executable, *words[1:], *RUN[start]]
-        if words[1] == "main.py":
-            words[1] = str(REPO / "main.py")
-        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        program = ["-m", "flip_jax"] if words[0] == "flip" else [str(REPO / "main.py")]
+        rest = words[1:] if words[0] == "flip" else words[2:]
+        changed = {word.partition("=")[0] for word in RUN[start]}
+        rest = [word for word in rest if word.partition("=")[0] not in changed]
+        command = [sys.executable, *program, *rest, *RUN[start]]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    for path in MADE.split():
+        assert (tmp_path / path).exists(), path
+    assert len(list((tmp_path / "even").glob("*.tar"))) == 3
     assert json.loads((tmp_path / "runs" / "b16" / "card.json").read_text())["license"] == "apache-2.0"
-    for made in ("report", "b16.json", "runs/b16/README.md", "index/index.json", "hits.html"):
-        assert (tmp_path / made).exists(), made
     assert (tmp_path / "exported" / "card.json").exists() and (tmp_path / "runs" / "birds" / "checkpoints").is_dir()
 
-    (snippet,) = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     Image.new("RGB", (40, 40)).save(tmp_path / "cat.png")
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and re.fullmatch(r"\[\[\s*\S+\s+\S+\s*\]\]\n", done.stdout), done.stderr

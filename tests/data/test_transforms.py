@@ -366,3 +366,29 @@ def test_damaged_pictures_have_one_error():
             assert transforms.decode(bytes(damaged), 32, DATA, random.Random(0)).shape == (32, 32, 3)
         except transforms.BadImage:
             pass
+
+
+@pytest.mark.parametrize("name", ["open", "load", "convert"])
+@pytest.mark.parametrize("error", [TypeError, IndexError, SyntaxError, MemoryError, ZeroDivisionError])
+def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch, name, error):
+    def broken(*arguments, **keywords):
+        raise error("damaged")
+
+    data = encode(photo(10, 10).convert("P"))
+    transforms.decode(data, 8, DATA)
+    owner = Image if name == "open" else transforms._run_decoder(Image.open, io.BytesIO(data)).__class__
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises(transforms.BadImage, match="^image does not decode$"):
+        transforms.decode(data, 8, DATA)
+
+
+@pytest.mark.parametrize("name", ["centre_window", "train_window", "_orientation", "_upright", "_resize", "_mirrored"])
+def test_our_own_errors_are_no_bad_images(monkeypatch, name):
+    def broken(*arguments, **keywords):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(transforms, name, broken)
+    with pytest.raises(TypeError, match="a bug"):
+        for seed in range(20):
+            rng = None if name == "centre_window" else random.Random(seed)
+            transforms.decode(encode(photo(20, 20)), 8, DATA, rng)

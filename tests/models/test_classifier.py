@@ -177,7 +177,7 @@ def test_a_run_learns_classes(tuned, shards):
     assert len(top1) == 2 and top1[-1] > 3 * 100 / 8  # three times chance
     encoder = inference.load(workdir)
     assert encoder.encode_image(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 8)
-    report = run_command([sys.executable, "-m", "flip_jax.report", f"--workdir={workdir}"])
+    report = run_command([sys.executable, "-m", "flip_jax", "report", f"--model={workdir}"])
     assert re.search(r"^classify top-1 [\d.]+ % top-5 [\d.]+ %\n\Z", report.stdout, re.MULTILINE)
     assert {path.name for path in (workdir / "report").iterdir()} == {"loss.png", "classify.png"}
 
