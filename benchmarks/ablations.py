@@ -1,15 +1,15 @@
-"""The paper's table 1 (a, c, d, e, f) at a size that a laptop trains: python -m benchmarks.ablations --workdir=DIR
+"""Run the paper's table 1 (a, c, d, e, f) at laptop size: python -m benchmarks.ablations --workdir=DIR
 
 Trains a small FLIP on the embedded emoji, tests it zero-shot on another vendor's drawings, and writes
-docs/ablations.md. Each result is a line of --results (docs/ablations.jsonl), which also says what need not be trained
-again; a run that was stopped goes on from its checkpoint. Seeds come one after the other, all rows of each.
+docs/ablations.md. Each result is a line of --results (docs/ablations.jsonl); runs that have a result are skipped, and a
+stopped run resumes from its checkpoint. All rows of one seed are trained before the next seed.
 """
 
+import argparse
 import dataclasses
 import pathlib
 from collections.abc import Iterator
 
-from absl import app, flags
 from tqdm import tqdm
 
 from benchmarks import emoji_runs, pages
@@ -17,18 +17,13 @@ from flip_jax import inference
 from flip_jax.config import Config
 from flip_jax.data import emoji
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and the data set", required=True)
-_RESULTS = flags.DEFINE_string("results", "docs/ablations.jsonl", "One line for each result")
-_TABLE = flags.DEFINE_string("table", "docs/ablations.md", "Where the table is written")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each row")
-
 MASK_50, MASK_75 = emoji_runs.MASKS["mask 0.5"], emoji_runs.MASKS["mask 0.75"]
 DECODER = "model.decoder.weight=0.5,model.decoder.width=64,model.decoder.depth=1,model.decoder.heads=2"
 # A tenth of the samples at a tenth of the rate; the paper's is a twentieth at a hundredth.
 TUNING = f"total_samples={emoji_runs.SAMPLES // 10},warmup_samples={emoji_runs.SAMPLES // 100},"
 TUNING += "optim.base_learning_rate=1.5e-4,model.image.mask_ratio=0,"
 
-# Row: (settings, row whose weights it starts from).
+# {row: (settings, the row whose weights it starts from)}
 RUNS = {run: (changes, None) for run, changes in emoji_runs.MASKS.items()} | {
     "text random": (MASK_75 + ",model.text.mask=random,model.text.mask_ratio=0.5", None),
     "text prioritised": (MASK_75 + ",model.text.mask=prioritised,model.text.mask_ratio=0.5", None),
@@ -70,19 +65,19 @@ two share little except the method: compare the order within a table, and only w
 
 
 def settings(run: str, seed: int, workdir: pathlib.Path) -> Config:
-    """Of one training run."""
+    """Return the settings of one training run."""
     changes, start = RUNS[run]
     config = emoji_runs.settings(emoji_runs.SAMPLES, changes, seed, workdir)
     return dataclasses.replace(config, init_from=str(folder(start, seed, workdir))) if start else config
 
 
 def folder(run: str, seed: int, workdir: pathlib.Path) -> pathlib.Path:
-    """Where the run is trained."""
+    """Return the run's folder."""
     return workdir / run.replace(" ", "_").replace(",", "") / str(seed)
 
 
 def scores(run: str, config: Config, path: pathlib.Path) -> Iterator[dict[str, float | str]]:
-    """Trains, or goes on, and evaluates: one result for each kind of inference."""
+    """Train or resume, then evaluate: yield one result for each kind of inference."""
     emoji_runs.fit(config, path)
     encoder = inference.load(path)
     for mask in ("intact", *INFERENCE.get(run, ())):
@@ -91,7 +86,7 @@ def scores(run: str, config: Config, path: pathlib.Path) -> Iterator[dict[str, f
 
 
 def write_table(lines: list[dict], path: pathlib.Path) -> None:
-    """The table of all results that there are."""
+    """Write the table of all results so far."""
     seeds = len({line["seed"] for line in lines})
     text = HEADER.format(samples=emoji_runs.SAMPLES, seeds=seeds)
     for table, row, result, paper in TABLE:
@@ -102,13 +97,19 @@ def write_table(lines: list[dict], path: pathlib.Path) -> None:
     pages.write(path, text)
 
 
-def main(_) -> None:
-    workdir, path = pathlib.Path(_WORKDIR.value).absolute(), pathlib.Path(_RESULTS.value)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder for the runs and the data set")
+    parser.add_argument("--results", type=pathlib.Path, default="docs/ablations.jsonl", help="one line per result")
+    parser.add_argument("--table", type=pathlib.Path, default="docs/ablations.md", help="the page to write")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
+    arguments = parser.parse_args()
+    workdir, path = arguments.workdir.absolute(), arguments.results
     emoji.prepare(str(workdir / "data"))
     lines = pages.read(path)
     todo = [
         (run, seed)
-        for seed in range(_SEEDS.value)
+        for seed in range(arguments.seeds)
         for run in RUNS
         if not any((line["result"], line["seed"]) == (run, seed) for line in lines)
     ]
@@ -119,8 +120,8 @@ def main(_) -> None:
         found = list(scores(run, settings(run, seed, workdir), folder(run, seed, workdir)))
         lines += found
         pages.append(path, found)
-        write_table(lines, pathlib.Path(_TABLE.value))
+        write_table(lines, arguments.table)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

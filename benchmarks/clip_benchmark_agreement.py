@@ -1,12 +1,12 @@
-"""Whether clip_benchmark gives a model the scores that flip_jax.evaluate gives it.
+"""Compare the scores of clip_benchmark and of `flip evaluate` for one model.
 
 usage: python -m benchmarks.clip_benchmark_agreement WORKDIR SOURCE CLASSNAMES CLIP_BENCHMARK_PYTHON
 
-WORKDIR is a run of CLIP's architecture, which open_clip can hold; SOURCE names pictures with class numbers, CLASSNAMES
-a file with the classes' names; CLIP_BENCHMARK_PYTHON is that of an environment with clip-benchmark and open_clip
+WORKDIR is a run with an architecture that open_clip has; SOURCE has images with class numbers, CLASSNAMES is a file
+with the names of the classes; CLIP_BENCHMARK_PYTHON is the Python of an environment with clip-benchmark and open_clip
 (clip-benchmark 1.6.2 works with NumPy 2.2 and fails with 2.4). The model is exported to open_clip's format. Both tools
-get the same folders, in the layout that clip_benchmark calls webdataset: all pictures with their classes, and for
-retrieval one picture of each class, with a caption of each prompt. Prints the metrics of both as JSON, ours first, in
+read the same folders, in the layout that clip_benchmark calls webdataset: all images with their classes, and for
+retrieval one image of each class with one caption per prompt. Prints the metrics of both as JSON, ours first, in
 percent.
 """
 
@@ -35,7 +35,7 @@ TEMPLATES = (
 
 
 def write(folder: pathlib.Path, samples, **files: str) -> None:
-    """A data set as clip_benchmark reads it: tar, number of shards, and text files beside them."""
+    """Write a data set as clip_benchmark reads it: a tar, the number of shards, and text files next to them."""
     (folder / "test").mkdir(parents=True)
     (folder / "test" / "nshards.txt").write_text("1")
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
@@ -49,7 +49,7 @@ def write(folder: pathlib.Path, samples, **files: str) -> None:
 
 
 def write_both(out: pathlib.Path, source: str, names: list[str]) -> None:
-    """The folders `classes` and `captions` of `out`."""
+    """Write the folders `classes` and `captions` of `out`."""
     opened = sources.open_source(source, DataConfig())
     records = [record for record in sources.in_order(opened, iter(range(len(opened)))) if "image" in record]
     first = {record["label"]: record for record in reversed(records)}
@@ -68,10 +68,10 @@ def write_both(out: pathlib.Path, source: str, names: list[str]) -> None:
 
 
 def ours(workdir: str, data: pathlib.Path) -> dict[str, float]:
-    """What `python -m flip_jax.evaluate` says, by clip_benchmark's names."""
+    """Return the metrics of `flip evaluate` under clip_benchmark's names."""
     tasks = f"zeroshot/webdataset:{data}/classes/test/0.tar,retrieval/webdataset:{data}/captions/test/0.tar"
     out = data / "ours.json"
-    command = [sys.executable, "-m", "flip_jax.evaluate", f"--workdir={workdir}", f"--tasks={tasks}", f"--json={out}"]
+    command = [sys.executable, "-m", "flip_jax", "evaluate", f"--model={workdir}", f"--tasks={tasks}", f"--json={out}"]
     run(*command, *(f"--template={template}" for template in TEMPLATES))
     found = json.loads(out.read_text())["results"]
     zeroshot, recall = (found[task] for task in tasks.split(","))
@@ -88,7 +88,7 @@ def ours(workdir: str, data: pathlib.Path) -> dict[str, float]:
 
 
 def theirs(python: str, model: pathlib.Path, data: pathlib.Path) -> dict[str, float]:
-    """What clip_benchmark says, in f32."""
+    """Return the metrics of clip_benchmark in f32."""
     found = {}
     for folder, task in (("classes", "zeroshot_classification"), ("captions", "zeroshot_retrieval")):
         out = data / f"{task}.json"
@@ -123,7 +123,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder)
         write_both(data, arguments.source, names)
-        run(sys.executable, "-m", "flip_jax.convert", "open-clip-export", arguments.workdir, f"{data}/exported")
+        run(sys.executable, "-m", "flip_jax", "convert", "open-clip-export", arguments.workdir, f"{data}/exported")
         mine, other = ours(arguments.workdir, data), theirs(arguments.clip_benchmark_python, data / "exported", data)
     print(json.dumps({name: [round(value, 4), round(other[name], 4)] for name, value in mine.items()}))
 

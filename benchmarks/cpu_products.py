@@ -1,9 +1,9 @@
-"""Matrix products and attention of a block of step_time.py's CPU model at mask 0, by XLA and by torch, in turn.
+"""Measure the matrix products and the attention of step_time.py's CPU model at mask 0, by XLA and by torch in turn.
 
 usage: python -m benchmarks.cpu_products [PEER_PYTHON [ROUNDS]]
 
-f32, batch 32. Each is a line: milliseconds, GFLOP/s and how many cores were busy, medians of ROUNDS (9). PEER_PYTHON is
-that of an environment with torch. Attention is forward and backward, by each library's own function.
+In f32 at batch 32. Prints one JSON line each: milliseconds, GFLOP/s and busy cores, medians of ROUNDS (9). PEER_PYTHON
+is the Python of an environment with torch. Attention is forward and backward, by each library's own function.
 """
 
 import functools
@@ -33,14 +33,14 @@ ATTENTION = "attention, forward and backward"
 
 
 def flops(name: str) -> float:
-    """Two for each combination of an einsum's indices; attention has six products, each as large as the scores."""
+    """Count two per combination of an einsum's indices; attention has six products, each as large as the scores."""
     subscripts, left, right = EINSUMS["scores" if name == ATTENTION else name]
     sizes = dict(zip(subscripts.split("->")[0].replace(",", ""), left + right, strict=True))
     return (6 if name == ATTENTION else 1) * 2 * math.prod(sizes.values())
 
 
 def serve(ones, einsum, attend) -> None:
-    """By one library: its ones of a shape, its einsum, its attention of three [B, T, N, D] with the backward pass."""
+    """Serve one library, given its ones, its einsum, and its attention of three [B, T, N, D] with the backward pass."""
 
     def program(function, *shapes):
         operands = [ones(shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Small runs on the embedded emoji, trained and tested zero-shot: what ablations.py and tradeoff.py share."""
+"""Train small models on the embedded emoji and test them zero-shot, for ablations.py and tradeoff.py."""
 
 import dataclasses
 import importlib
@@ -8,7 +8,7 @@ from flip_jax import checkpoint, config_check, evaluators, inference, train
 from flip_jax.config import Config
 
 TASK = "zeroshot/emoji"
-SAMPLES = 25_600  # of each of the ablations
+SAMPLES = 25_600  # per run of the ablations
 # The batch doubles from mask to mask, and the learning rate with it, as in the paper's table 1a.
 MASKS = {
     "mask 0": "model.image.mask_ratio=0,global_batch_size=128",
@@ -18,7 +18,7 @@ MASKS = {
 
 
 def settings(samples: int, changes: str, seed: int, workdir: pathlib.Path) -> Config:
-    """Of a run of `samples` samples, a tenth of them warm-up, whose data lie in WORKDIR/data."""
+    """Return the settings of a run of `samples` samples, a tenth of them warm-up, with data in WORKDIR/data."""
     recipe = f"total_samples={samples},warmup_samples={samples // 10},eval.every_steps=0,checkpoint.every_steps=0,"
     values = importlib.import_module("configs.flip_emoji").get_config(recipe + changes)
     values.seed, values.data.tfds_dir = seed, str(workdir / "data")
@@ -26,14 +26,14 @@ def settings(samples: int, changes: str, seed: int, workdir: pathlib.Path) -> Co
 
 
 def fit(config: Config, path: pathlib.Path) -> None:
-    """Trains to the end, goes on where an earlier call was stopped, or stops the program where SIGTERM stopped it."""
+    """Train or resume to the end; SIGTERM ends the program after a checkpoint."""
     train.train(config, path)
     if checkpoint.newest(str(path)).name != str(config.total_steps):
-        raise SystemExit("stopped; run the same command to go on")
+        raise SystemExit("stopped; run the same command to resume")
 
 
 def score(encoder: inference.Encoder, config: Config, mask: str = "intact") -> dict[str, float]:
-    """Zero-shot top1 and top5, in percent, of pictures seen as `mask` says."""
+    """Return zero-shot top1 and top5 in percent, with images seen as `mask` says."""
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, mask=mask))
     found = evaluators.evaluate(encoder, TASK, config)
     return {"top1": found["top1"], "top5": found["top5"]}

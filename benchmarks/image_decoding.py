@@ -1,11 +1,11 @@
-"""Decoders and resizers of JPEGs side by side: pictures a second of a training crop at 224 px, on one core.
+"""Compare decoders and resizers of JPEGs: training crops of 224 px per second on one core.
 
 usage: taskset -c 1 python -m benchmarks.image_decoding [webdataset:PATTERN]
 
-Without a pattern it makes pictures of 256 to 1,600 px. All variants run in turn, three times, on the same windows; one
-JSON line for each: the median rate, its ratio to Pillow alone, and the mean difference in grey levels to Pillow's full
-decode and antialiased resize, on average and of the worst picture. "flip_jax" is `transforms.decode`, with what it
-checks; the others decode, cut and resize only. Libraries that are not installed are left out.
+Without a pattern it generates images of 256 to 1,600 px. All variants run in turn, three times, on the same windows.
+Prints one JSON line each: the median rate, its ratio to Pillow alone, and the mean difference in gray levels from
+Pillow's full decode and antialiased resize, on average and for the worst image. "flip_jax" is `transforms.decode` with
+its checks; the others only decode, crop and resize. Libraries that are not installed are skipped.
 """
 
 import functools
@@ -32,24 +32,24 @@ try:
 except ImportError:
     cv2 = None
 
-SIZE, PICTURES, ROUNDS = 224, 400, 3
+SIZE, IMAGES, ROUNDS = 224, 400, 3
 SETTINGS = DataConfig(flip=False)
 
 
 def main(source: str = "") -> None:
-    pictures, windows = [], []
+    images, windows = [], []
     for data in load(source) if source else generate():
         image = Image.open(io.BytesIO(data))
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
-            rng = transforms.generator(0, 0, str(len(pictures)))
+            rng = transforms.generator(0, 0, str(len(images)))
             windows.append(transforms.train_window(image.height, image.width, SIZE, SETTINGS, rng))
-            pictures.append(data)
+            images.append(data)
     variants, rates, results = make_variants(), {}, {}
     for _ in range(ROUNDS):
         for name, variant in variants.items():
             start = time.perf_counter()
-            results[name] = [variant(i, data, windows[i]) for i, data in enumerate(pictures)]
-            rates.setdefault(name, []).append(len(pictures) / (time.perf_counter() - start))
+            results[name] = [variant(i, data, windows[i]) for i, data in enumerate(images)]
+            rates.setdefault(name, []).append(len(images) / (time.perf_counter() - start))
     truth = np.stack(results["pillow + pillow"]).astype(np.int16)
     base = statistics.median(rates["pillow + pillow"])
     for name in variants:
@@ -60,15 +60,15 @@ def main(source: str = "") -> None:
 
 
 def load(source: str) -> list[bytes]:
-    """The first pictures of a source."""
+    """Read the first images of a source."""
     opened = sources.open_source(source, DataConfig())
     records = sources.in_order(opened, iter(range(len(opened))))
-    return [record["image"] for record in itertools.islice(records, PICTURES) if "image" in record]
+    return [record["image"] for record in itertools.islice(records, IMAGES) if "image" in record]
 
 
 def generate() -> list[bytes]:
-    """JPEGs with about as much detail as photos have: noise whose power falls with its frequency."""
-    rng, pictures = np.random.default_rng(0), []
+    """Generate JPEGs with about as much detail as photos: noise whose power falls with its frequency."""
+    rng, images = np.random.default_rng(0), []
     for side in (256, 384, 512, 800, 1600):
         size = side, side * 3 // 4
         pixels = 128.0
@@ -77,12 +77,12 @@ def generate() -> list[bytes]:
             pixels = pixels + (np.asarray(noise.resize(size, Image.Resampling.BICUBIC), float) - 128) * 3 / grain**0.5
         out = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
-        pictures += [out.getvalue()] * 8
-    return pictures
+        images += [out.getvalue()] * 8
+    return images
 
 
 def make_variants() -> dict[str, Callable]:
-    """ "DECODER + RESIZER" to a function of the number, bytes and window of a picture."""
+    """Return {"DECODER + RESIZER": function of the number, bytes and window of an image}."""
     decoders = {"pillow": pillow, "pillow scaled": pillow_scaled, "simplejpeg": simplejpeg.decode_jpeg}
     decoders["simplejpeg scaled"] = simplejpeg_scaled
     if cv2:

@@ -1,8 +1,8 @@
-"""What masking saves: FLOPs of the compiled image tower at mask 0, 0.5 and 0.75, by XLA's own cost analysis.
+"""Count the FLOPs of the compiled image tower at mask 0, 0.5 and 0.75 with XLA's own cost analysis.
 
 usage: python -m benchmarks.image_tower_cost [flip_l16]
 
-One JSON line for each mask ratio: FLOPs of a forward pass and the share of mask 0. Nothing is run, only compiled.
+Prints one JSON line per mask ratio: FLOPs of a forward pass, and their share of mask 0. It compiles and runs nothing.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ BATCH = 8
 
 
 def tower_flops(settings: config_lib.ModelConfig) -> float:
-    """FLOPs of `encode_image` on a batch, masked as in training."""
+    """Return the FLOPs of encoding a batch of images, masked as in training."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))
     size = settings.image.image_size
     image = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.uint8)

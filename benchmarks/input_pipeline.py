@@ -1,11 +1,11 @@
-"""What loading costs: images per second of one core at 224 pixels, beside open_clip and tf.data, and memory.
+"""Measure loading on one core at 224 pixels, next to open_clip and tf.data: images per second, and memory.
 
 usage: python -m benchmarks.input_pipeline 'SHARDS/{00000..00001}.tar' [--open_clip_python=PYTHON]
        [--tensorflow_python=PYTHON] [--rounds=3] [--seconds=10]
 
-PYTHON is that of an environment with open_clip, or with TensorFlow. In each round every loader runs in a process of
-its own, one after the other, on the same core; ratios are medians over rounds. Images per core second count the
-processor time of all threads, so other work on the machine matters little. One JSON line a row.
+PYTHON is the Python of an environment with open_clip, or with TensorFlow. In each round every loader runs in its own
+process, one after the other, on the same core; ratios are medians over rounds. Images per core second use the processor
+time of all threads, so other work on the machine matters little. Prints JSON lines.
 """
 
 import argparse
@@ -33,7 +33,7 @@ WINDOW, RECORD = 10_000, 25_000  # records, and bytes of each, where memory is m
 
 
 def flip_jax(pattern, window=peer_loaders.WINDOW, threads=1):
-    """The whole training loader: batches as (images, tokens), without end."""
+    """Yield endless batches (images, tokens) from the whole training loader."""
     config = Config(
         global_batch_size=peer_loaders.BATCH,
         model=ModelConfig(
@@ -47,31 +47,31 @@ def flip_jax(pattern, window=peer_loaders.WINDOW, threads=1):
 
 
 def memory(batches):
-    """Highest resident size of this process, in bytes, after two windows of records."""
+    """Return the peak resident size of this process in bytes after two windows of records."""
     for _ in range(2 * WINDOW // peer_loaders.BATCH):
         next(batches)
     return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def write_shards(folder):
-    """Four tars of 3,000 records, each picture `RECORD` bytes; distinct keys and captions, few distinct pictures."""
-    pictures = []
+    """Write four tars of 3,000 records with distinct keys and captions and few distinct images of `RECORD` bytes."""
+    images = []
     for seed in range(8):
         noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8))
         out = io.BytesIO()
         noise.resize((320, 320), Image.Resampling.BICUBIC).save(out, "JPEG", quality=80)
-        pictures.append(out.getvalue().ljust(RECORD, b"\0"))  # decoders stop at the end of the picture
+        images.append(out.getvalue().ljust(RECORD, b"\0"))  # decoders stop at the end of the image
     for shard in range(4):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(3000):
-                for extension, data in (("jpg", pictures[i % 8]), ("txt", b"a picture of number %d" % i)):
+                for extension, data in (("jpg", images[i % 8]), ("txt", b"an image of number %d" % i)):
                     info = tarfile.TarInfo(f"{i:05}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
 
 
 def run(command, core=None):
-    """The JSON that a command prints, run on one core of those that this process may use."""
+    """Run a command, on one core if given, and return the JSON that it prints."""
     before = os.sched_getaffinity(0)
     try:
         if core is not None:

@@ -1,8 +1,8 @@
-"""Draws docs/images/masks.png and prints which words each text strategy keeps, for docs/masking.md.
+"""Draw docs/images/masks.png and print the words that each text strategy keeps, for docs/masking.md.
 
 usage: python -m benchmarks.mask_pictures [OUT.png]
 
-The photo is one that Matplotlib brings along: Rear Admiral Grace Hopper, by the U.S. Navy, in the public domain.
+The photo comes with Matplotlib: Rear Admiral Grace Hopper, by the U.S. Navy, in the public domain.
 """
 
 import io
@@ -15,8 +15,6 @@ from matplotlib import cbook
 from PIL import Image, ImageOps
 
 from flip_jax import masking
-from flip_jax.evaluators.snapshot import kept_patches
-from flip_jax.models.vit import patchify
 
 SIZE, PATCH, KEEP = 224, 16, 49
 CAPTIONS = (
@@ -28,20 +26,22 @@ CAPTIONS = (
 
 
 def draw(out: str) -> None:
-    """The intact picture, and what each strategy keeps of it at a mask ratio of 0.75."""
+    """Draw the intact image, and what each strategy keeps of it at a mask ratio of 0.75."""
     with cbook.get_sample_data("grace_hopper.jpg") as file:
         image = np.asarray(ImageOps.fit(Image.open(file).convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC))
-    patches = patchify(image[None], PATCH)
+    patch_1xLxP = masking.patchify(image[None], PATCH)
     shown = {"intact": image}
     for name, strategy in masking.STRATEGIES.items():
-        shown[name] = kept_patches(image, np.asarray(strategy(jax.random.key(1), patches, KEEP)[0]), PATCH)
+        position_1xK = strategy(jax.random.key(1), patch_1xLxP, KEEP)
+        patch_KxP = np.asarray(masking.gather(patch_1xLxP, position_1xK)[0])
+        shown[name] = masking.unpatchify(patch_KxP, np.asarray(position_1xK[0]), SIZE // PATCH)
     margin = [(SIZE // 4, SIZE // 4)] * 2 + [(0, 0)]
     shown["resize"] = np.pad(masking.resize(image[None], SIZE // 2)[0], margin, constant_values=255)
     figure, grid = plt.subplots(2, 4, figsize=(9.6, 5.2), layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
-    for axes, (name, picture) in zip(grid.flat, shown.items(), strict=False):
-        axes.imshow(picture)
+    for axes, (name, shot) in zip(grid.flat, shown.items(), strict=False):
+        axes.imshow(shot)
         axes.set_title(name)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
@@ -49,7 +49,7 @@ def draw(out: str) -> None:
 
 
 def print_words() -> None:
-    """Half the places of the first caption under each strategy; the other captions only add to the words' counts."""
+    """Print half of the first caption's tokens under each strategy; the other captions only affect word counts."""
     words = {word: i for i, word in enumerate(dict.fromkeys(" ".join(CAPTIONS).split()), start=1)}
     length = 24
     tokens = np.zeros((len(CAPTIONS), length), np.int32)

@@ -1,16 +1,17 @@
-"""What each masking strategy costs a train step, against random masking at equal tokens.
+"""Measure what each masking strategy costs a train step, compared with random masking at equal tokens.
 
 usage: python -m benchmarks.masking_cost [ROUNDS [BATCH]]
 
-One process times all strategies in turn, round after round, so that a slow minute of the machine meets all of them.
-One JSON line for each: the step's FLOPs by XLA's count and its median time; both against random's, for times the median
-of the rounds' ratios and the ratio of the fastest, which a busy machine disturbs less; and the time of choosing (or
-resizing) alone beyond random's, as a share of random's step. Pictures are masked to 49 of 196 patches with whole
-captions, or captions to 16 of 32 tokens with pictures masked at random. The model is small: of a larger one a strategy
-takes a smaller share.
+One process times all strategies in turn, round after round, so that a slow minute of the machine affects all of them.
+Prints one JSON line per strategy: the step's FLOPs by XLA's count and its median time; both relative to random masking,
+for times the median of the rounds' ratios and the ratio of the fastest, which a busy machine disturbs less; and the
+additional time of choosing (or resizing) alone, as a share of the step with random masking. Images are masked to 49 of
+196 patches with whole captions, or captions to 16 of 32 tokens with images masked at random. The model is small: in a
+larger one a strategy takes a smaller share.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -18,12 +19,9 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from flax import nnx
 
-from flip_jax import masking, sharding, train_step
+from flip_jax import masking, memory, sharding, train_step
 from flip_jax.config import Config, ImageConfig, MeshConfig, ModelConfig, TextConfig
-from flip_jax.models import vit
-from flip_jax.models.flip import FLIP
 
 REPEATS = 5  # of choosing alone, which is quick
 MODEL = ModelConfig(
@@ -36,7 +34,7 @@ MODEL = ModelConfig(
 
 
 def models() -> dict[tuple[str, str], ModelConfig]:
-    """The model with each strategy, by the tower that is masked and the strategy's name; random comes first."""
+    """Return the model with each strategy under (masked tower, strategy); random comes first."""
     found = {}
     for tower, strategies in (("image", (*masking.STRATEGIES, "resize")), ("text", masking.TEXT_STRATEGIES)):
         for name in sorted(strategies, key=lambda name: name != "random"):
@@ -47,15 +45,9 @@ def models() -> dict[tuple[str, str], ModelConfig]:
 
 
 def chooser(model: ModelConfig, image: np.ndarray, text: np.ndarray) -> Callable[[], float]:
-    """A function that says how many seconds masks, and smaller pictures where they are resized, take to make."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: FLIP(model, nnx.Rngs(0))))
-
-    @jax.jit
-    def choose(key, image, text):
-        masks = nnx.merge(graphdef, params).masks(image, text, key)
-        return masks, vit.resized(model.image, image) if model.image.mask == "resize" else None
-
-    compiled = choose.lower(jax.random.key(0), image, text).compile()
+    """Return a function that measures the seconds of choosing, or resizing, what the towers see."""
+    see = jax.jit(functools.partial(masking.see, model))
+    compiled = see.lower(jax.random.key(0), image, text).compile()
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -77,7 +69,7 @@ def main(rounds: str = "20", batch: str = "16") -> None:
         for key, model in models().items():
             config = Config(global_batch_size=int(batch), model=model)
             program = train_step.make_program(config, mesh)
-            steps[key] = train_step.lower(program, config, mesh).compile()
+            steps[key] = memory.lower(program, config, mesh).compile()
             choosers[key] = chooser(model, image, text)
             print(f"compiled {'/'.join(key)}", file=sys.stderr, flush=True)
         state, times = program.init(), {key: [] for key in steps}

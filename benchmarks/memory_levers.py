@@ -1,8 +1,8 @@
-"""What each lever does for the memory of FLIP L/16 at 65,536 on 256 TPU v3 cores, by the compiler: one JSON line each.
+"""Compile FLIP L/16 at 65,536 for 256 TPU v3 cores with each setting that saves memory: one JSON line each.
 
-python -m benchmarks.memory_levers        (pip install libtpu; no TPU is needed; a minute or two for each line)
+python -m benchmarks.memory_levers        (pip install libtpu; no TPU is needed; one or two minutes per line)
 
-The last line is the loss alone, forward and backward, of 1,048,576 pairs.
+The last line is for the loss alone, forward and backward, of 1,048,576 pairs.
 """
 
 import importlib
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import config, losses, sharding
+from flip_jax import config_check, losses, sharding
+from flip_jax.config import MeshConfig
 from flip_jax.tools import aot
 
 TOPOLOGY = "v3:16x8"
@@ -32,8 +33,8 @@ PAIRS, WIDTH = 2**20, 768
 
 
 def loss_bytes() -> int:
-    """Temporaries of a device in the loss of `PAIRS` pairs and its gradients."""
-    mesh = sharding.make_mesh(config.Mesh(), aot.devices(TOPOLOGY))
+    """Return a device's temporaries for the loss of `PAIRS` pairs and its gradients."""
+    mesh = sharding.make_mesh(MeshConfig(), aot.devices(TOPOLOGY))
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     embeddings = jax.ShapeDtypeStruct((PAIRS, WIDTH), jnp.float32, sharding=rows)
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
@@ -45,7 +46,7 @@ def loss_bytes() -> int:
 def main() -> None:
     recipe = importlib.import_module("configs.flip_l16")
     for levers in LEVERS:
-        result = aot.analyse(config.from_config_dict(recipe.get_config(levers)), TOPOLOGY)
+        result = aot.analyse(config_check.from_config_dict(recipe.get_config(levers)), TOPOLOGY)
         row = {"levers": levers, "fits": result["fits"], "gib": round(result["memory"]["peak"] / aot.GIB, 2)}
         row |= {"compile_seconds": round(result["compile_seconds"])}
         if "least_seconds" in result:

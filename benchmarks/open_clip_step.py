@@ -1,9 +1,9 @@
-"""open_clip's side of step_time.py, in an environment of its own: its CLIP with patch dropout, its loss, and AdamW.
+"""Run open_clip's side of step_time.py in its own environment: its CLIP with patch dropout, its loss, and AdamW.
 
-usage: python -m benchmarks.open_clip_step JSON        (what own_step.py says about itself)
+usage: python -m benchmarks.open_clip_step JSON        (what own_step.py reports about itself)
 
-On CPUs f32, elsewhere bf16 by autocast, compiled, with fused AdamW, as its training does with --precision=amp_bf16
---torchcompile.
+It uses f32 on CPUs; elsewhere bf16 by autocast, torch.compile and fused AdamW, as open_clip's training does with
+--precision=amp_bf16 --torchcompile.
 """
 
 import json
@@ -36,7 +36,7 @@ def main(about: str) -> None:
             "layers": image["depth"],
             "width": image["width"],
             "head_width": image["width"] // image["heads"],
-            "patch_dropout": 0.5,  # set anew for each turn
+            "patch_dropout": 0.5,  # each turn sets its own
             "pool_type": "avg",
         },
         text_cfg={

@@ -1,4 +1,4 @@
-"""flip_jax's side of step_time.py. It imports what a train step needs, and neither recipes nor input pipeline.
+"""Run flip_jax's side of step_time.py. It imports only what a train step needs, no recipes and no input pipeline.
 
 usage: python -m benchmarks.own_step MODEL BATCH ATTENTION
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import turns
 from flip_jax import config as config_lib
-from flip_jax import metrics, runtime, sharding, train_step
+from flip_jax import memory, metrics, models, runtime, sharding, train_step
 from flip_jax.config import Config, ImageConfig, ModelConfig, TextConfig
 
 RATIOS = (0.0, 0.5, 0.75)
@@ -31,16 +31,16 @@ MODELS = {
         embed_dim=768,
     ),
 }
-PROBES = 64, 128  # batches whose memory tells that of others
+PROBES = 64, 128  # batches from whose memory that of others is extrapolated
 
 
 def device() -> str:
-    """What the results of a benchmark name as their device."""
+    """Return the device's name in the results of benchmarks."""
     return f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
 
 
 def largest(peaks: tuple[int, int], limit: float) -> int:
-    """PROBES[0], doubled while it needs at most `limit` bytes, if PROBES need `peaks` and each row needs the same."""
+    """Double PROBES[0] while it fits into `limit` bytes, if PROBES need `peaks` and memory is linear."""
     by_row = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
     batch = PROBES[0]
     while peaks[0] + by_row * (2 * batch - PROBES[0]) <= limit:
@@ -49,17 +49,22 @@ def largest(peaks: tuple[int, int], limit: float) -> int:
 
 
 def largest_batch(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
-    """The largest batch that fits without masking, a tenth of the memory left free."""
-    limit = (1 - train_step.SPARE) * jax.local_devices()[0].memory_stats()["bytes_limit"]
-    return largest(tuple(train_step.peak_bytes(compiled(model, batch, 0.0, mesh)[1]) for batch in PROBES), limit)
+    """Return the largest batch that fits without masking and leaves a tenth of the memory free."""
+    limit = (1 - memory.SPARE) * jax.local_devices()[0].memory_stats()["bytes_limit"]
+    return largest(tuple(memory.peak_bytes(compiled(model, batch, 0.0, mesh)[1]) for batch in PROBES), limit)
+
+
+def configuration(model: ModelConfig, batch: int, ratio: float) -> Config:
+    """Return the settings of a run with the mask ratio."""
+    image = dataclasses.replace(model.image, mask_ratio=ratio)
+    return Config(global_batch_size=batch, model=dataclasses.replace(model, image=image))
 
 
 def compiled(model: ModelConfig, batch: int, ratio: float, mesh: jax.sharding.Mesh):
-    """The program of a run with the mask ratio, and its compiled step."""
-    image = dataclasses.replace(model.image, mask_ratio=ratio)
-    config = Config(global_batch_size=batch, model=dataclasses.replace(model, image=image))
+    """Return the program of a run with the mask ratio, and its compiled step."""
+    config = configuration(model, batch, ratio)
     program = train_step.make_program(config, mesh)
-    return program, train_step.lower(program, config, mesh).compile()
+    return program, memory.lower(program, config, mesh).compile()
 
 
 def main(name: str, batch: str, attention: str) -> None:
@@ -78,7 +83,7 @@ def main(name: str, batch: str, attention: str) -> None:
         text = rng.integers(1, 30_000, (size, model.text.context_length), np.int32)
         image, text = sharding.to_devices(mesh, image, text)
         built = {ratio: compiled(model, size, ratio, mesh) for ratio in RATIOS}
-        state = built[0.0][0].init()  # which masking does not change: all programs go on with the same one
+        state = built[0.0][0].init()  # masking does not change it, so all programs share one state
 
         def stepper(step):
             def run(times: int) -> None:
@@ -101,10 +106,7 @@ def main(name: str, batch: str, attention: str) -> None:
             "attention": model.attention,
             "batch": size,
             "sample_flops": {
-                str(ratio): metrics.flops_per_sample(
-                    dataclasses.replace(model, image=dataclasses.replace(model.image, mask_ratio=ratio))
-                )
-                for ratio in RATIOS
+                str(ratio): models.flops_per_sample(configuration(model, size, ratio)) for ratio in RATIOS
             },
             "product_flops": 2 * turns.PRODUCT**3,
             "peak_flops": peak and peak / jax.device_count(),

@@ -1,4 +1,4 @@
-"""What benchmarks keep and show: results as JSON lines, figures with their spread, pages with hand-written ends."""
+"""Keep results of benchmarks as JSON lines, and write pages whose hand-written ends stay."""
 
 import json
 import pathlib
@@ -8,22 +8,24 @@ import numpy as np
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The results in a file of JSON lines; none where there is no file."""
+    """Return the results in a file of JSON lines; none if the file is missing."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append(path: pathlib.Path, results: Iterable[dict]) -> None:
-    """Adds a line for each result."""
+    """Append a line for each result."""
     with path.open("a") as file:
         file.writelines(json.dumps(result) + "\n" for result in results)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """ "mean ± standard deviation", of which one value alone has none."""
+    """Format "mean ± standard deviation"; a single value has no deviation."""
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Writes a page; what followed the first "## " heading of an older one is kept."""
+    """Write a page and keep everything from the first "## " heading of the old one."""
     _, mark, kept = path.read_text().partition("\n## ") if path.exists() else ("", "", "")
-    path.write_text(text + mark + kept)
+    part = path.with_suffix(".part")  # a page interrupted while it is written must not lose its rows
+    part.write_text(text + mark + kept)
+    part.replace(path)

@@ -1,4 +1,4 @@
-"""What input_pipeline.py measures flip_jax against; it runs this in the environments of open_clip and of TensorFlow.
+"""Run the loaders that input_pipeline.py compares with, in the environments of open_clip and of TensorFlow.
 
 usage: python peer_loaders.py open_clip|tensorflow SECONDS SHARD...
 
@@ -17,22 +17,22 @@ SIZE, BATCH, TOKENS, WINDOW = 224, 256, 32, 1000
 
 
 def declare_torchvision():
-    """Makes torchvision importable where none fits the torch for CPUs: open_clip needs its transforms alone."""
+    """Make torchvision importable next to a torch that it does not fit; open_clip only needs its transforms."""
     import torch
 
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        # They work once the operators of its models are declared.
+        # Its transforms work once the operators of its models are declared.
         library = torch.library.Library("torchvision", "FRAGMENT")
         names = ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"]
         for name in ["nms", "qnms", *names, *(f"_{name}_backward" for name in names)]:
             library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-        globals()["library"] = library  # its end would undo them
+        globals()["library"] = library  # deleting it would undo the declarations
 
 
 def open_clip(shards):
-    """open_clip's training transform and tokenizer, in the webdataset stages that its training puts them in."""
+    """Yield batches of open_clip's training transform and tokenizer, in the webdataset stages of its training."""
     import torch
 
     torch.set_num_threads(1)
@@ -54,12 +54,12 @@ def open_clip(shards):
             webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
             webdataset.map_dict(image=transform, text=lambda text: tokenizer(text)[0]),
             webdataset.to_tuple("image", "text"),
-            webdataset.batched(32, partial=False),  # which is faster than larger batches
+            webdataset.batched(32, partial=False),  # faster than larger batches
         )
 
 
 def tensorflow(shards):
-    """The usual tf.data pipeline over TFRecords of the same pictures, without a tokenizer: it has less to do."""
+    """Yield batches of a usual tf.data pipeline over TFRecords of the same images; without a tokenizer it does less."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -103,8 +103,8 @@ def tensorflow(shards):
 
 
 def measure(batches, seconds):
-    """Images, wall-clock and processor seconds after the first two batches, until `seconds` have passed."""
-    next(batches), next(batches)  # what was prepared ahead must not count
+    """Count images, wall-clock and processor seconds for `seconds`, after two batches."""
+    next(batches), next(batches)  # do not count what was prefetched
     start, cpu, images = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         images += len(next(batches)[0])
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     loader, seconds, *paths = sys.argv[1:]
     print(json.dumps(measure({"open_clip": open_clip, "tensorflow": tensorflow}[loader](paths), float(seconds))))
     sys.stdout.flush()
-    os._exit(0)  # threads that wait for a consumer would keep the process
+    os._exit(0)  # threads that wait for a consumer would keep the process alive

@@ -1,13 +1,14 @@
-"""Images per second and MFU of the train step at mask 0, 0.5 and 0.75, at one batch, beside open_clip's.
+"""Measure images per second and MFU of the train step at mask 0, 0.5 and 0.75 and one batch, next to open_clip's.
 
 usage: python -m benchmarks.step_time [--models=flip_l16,flip_b16] [--peer_python=PYTHON]
 
-PYTHON is that of an environment with open_clip. The data are on the device already. Both sides run the same sizes, in a
-process each; on a CPU all take turns, round after round, and elsewhere the masks, one process after the other, for
-which the memory is there only once. Each row is a line of --results, of which the last one counts; --rounds=0 only
-draws them. What is not measured after --seconds is left out.
+PYTHON is the Python of an environment with open_clip. The data are already on the device. Both sides run the same
+sizes, each in its own process. On a CPU all programs take turns, round after round; on an accelerator, whose memory
+holds only one process, the masks take turns in one process after the other. Each row is a line of --results, of which
+the last one counts; --rounds=0 only draws them. Whatever is not measured after --seconds is skipped.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -17,7 +18,6 @@ import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, flags
 from tqdm import tqdm
 
 from benchmarks import pages, turns
@@ -50,9 +50,9 @@ speed. Compare these ratios, not images/s, because the speed of these machines d
 
 
 def summarise(times: dict[tuple[str, str], list[float]], about: dict) -> list[dict]:
-    """A row for each framework and mask that had its turn.
+    """Return a row for each framework and mask that was measured.
 
-    `times` has seconds by (framework, mask), round after round, and ("flip_jax", "product") those of a matrix product.
+    `times` has the seconds of each round by (framework, mask), and those of a matrix product under "product".
     """
     products = {  # FLOP/s
         framework: about["product_flops"] / float(np.median(seconds))
@@ -80,14 +80,14 @@ def summarise(times: dict[tuple[str, str], list[float]], about: dict) -> list[di
 
 
 def ratio(above: list[float] | None, below: list[float] | None) -> float | None:
-    """The median of the ratios of the rounds that both had."""
+    """Return the median of the ratios of the rounds that both have."""
     return float(np.median([a / b for a, b in zip(above, below, strict=False)])) if above and below else None
 
 
 def measure(
     own: list[str], peer_python: str | None, rounds: int, times: dict[tuple[str, str], list[float]], about: dict
 ) -> None:
-    """Fills `times` and `about` as `summarise` wants them; what there is when an exception ends it is good to use.
+    """Fill `times` and `about` for `summarise`; their content is usable even if an exception ends this early.
 
     `own` are the arguments of own_step.py.
     """
@@ -111,7 +111,7 @@ def measure(
 
 
 def take_turns(workers: dict[str, turns.Worker], rounds: int, times: dict[tuple[str, str], list[float]]) -> None:
-    """Every program of every worker once a round."""
+    """Run every program of every worker once per round."""
     for _ in tqdm(range(rounds), desc=" and ".join(workers)):
         for framework, worker in workers.items():
             for name in worker.about["programs"]:
@@ -119,12 +119,12 @@ def take_turns(workers: dict[str, turns.Worker], rounds: int, times: dict[tuple[
 
 
 def newest(lines: list[dict]) -> list[dict]:
-    """The last line of each row."""
+    """Return the last line of each row."""
     return list({tuple(line[key] for key in KEYS): line for line in lines}.values())
 
 
 def write_table(lines: list[dict], path: pathlib.Path) -> None:
-    """The page with a row for each of `lines`."""
+    """Write the page with a row for each of `lines`."""
     shown = any(tuple(line[key] for key in KEYS[:3]) == OFFICIAL for line in lines)
     text = HEADER.format(official=OFFICIAL_NOTE if shown else "")
     for line in lines:
@@ -138,12 +138,12 @@ def write_table(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def name(line: dict) -> str:
-    """What a row is of."""
+    """Return the label of a row."""
     return line["framework"] + (", cuDNN" if line["attention"] == "cudnn" else "")
 
 
 def draw(lines: list[dict], path: pathlib.Path) -> None:
-    """Images per second, and the time of a step beside its FLOPs: a row of panels for each device, model and batch."""
+    """Draw images per second, and step times next to FLOPs: a row of panels for each device, model and batch."""
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         groups.setdefault(tuple(line[key] for key in KEYS[:3]), []).append(line)
@@ -172,54 +172,54 @@ def draw(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def out_of_time(*_) -> None:
-    raise TimeoutError(f"--seconds={_SECONDS.value} are over")
+    raise TimeoutError
 
 
-def main(_) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", help="entries of own_step.MODELS (default: vit_s16 on CPUs, else flip_l16,flip_b16)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=0, help="rows of a batch (0: 32 on CPUs, else the largest power of two that fits)"
+    )
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="", help="flip_jax's (default: cudnn on GPUs)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer_python", help="Python of an environment with open_clip")
+    parser.add_argument("--seconds", type=int, default=570, help="stop after this time")
+    parser.add_argument("--results", type=pathlib.Path, default="docs/step_time.jsonl", help="one line per row")
+    parser.add_argument("--table", type=pathlib.Path, default="docs/notes/performance.md", help="the page to write")
+    parser.add_argument("--chart", type=pathlib.Path, default="docs/images/step_time.png", help="the chart to draw")
+    arguments = parser.parse_args()
     plt.switch_backend("agg")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    results = pathlib.Path(_RESULTS.value)
+    names = arguments.models.split(",") if arguments.models else default_models()
     signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(_SECONDS.value)
+    signal.alarm(arguments.seconds)
     try:
-        for model in models() if _ROUNDS.value else ():
+        for model in names if arguments.rounds else ():
             times, about = {}, {}
             try:
-                own = [model, str(_BATCH.value), _ATTENTION.value]
-                measure(own, _PEER.value, _ROUNDS.value, times, about)
+                own = [model, str(arguments.batch), arguments.attention]
+                measure(own, arguments.peer_python, arguments.rounds, times, about)
             finally:
                 rows = summarise(times, about) if times else []
-                pages.append(results, rows)
+                pages.append(arguments.results, rows)
                 print("".join(json.dumps(row) + "\n" for row in rows), end="", flush=True)
-    except TimeoutError as error:
-        print(f"{error}: the rest is left out", file=sys.stderr)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    except TimeoutError:
+        print(f"--seconds={arguments.seconds} have passed: the rest is skipped", file=sys.stderr)
     signal.alarm(0)
-    lines = newest(pages.read(results))
-    write_table(lines, pathlib.Path(_TABLE.value))
-    draw(lines, pathlib.Path(_CHART.value))
+    lines = newest(pages.read(arguments.results))
+    write_table(lines, arguments.table)
+    draw(lines, arguments.chart)
 
 
-def models() -> list[str]:
-    """Those asked for, or what the machine can train; the process that looks gives an accelerator's memory back."""
+def default_models() -> list[str]:
+    """Return the models for this machine's device; another process looks, so that this one holds none of its memory."""
     look = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    if _MODELS.value:
-        return _MODELS.value
     on_cpu = subprocess.run(look, stdout=subprocess.PIPE, check=True, text=True).stdout.split()[-1] == "cpu"
     return ["vit_s16"] if on_cpu else ["flip_l16", "flip_b16"]
 
 
 if __name__ == "__main__":
-    _MODELS = flags.DEFINE_list("models", None, "Of own_step.MODELS (default: vit_s16 on CPUs, else flip_l16,flip_b16)")
-    _BATCH = flags.DEFINE_integer(
-        "batch", 0, "Rows of a batch (0: 32 on CPUs, else the largest power of two that fits)"
-    )
-    _ATTENTION = flags.DEFINE_enum("attention", "", ["", "xla", "cudnn"], "flip_jax's (default: cudnn on GPUs)")
-    _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each gets")
-    _PEER = flags.DEFINE_string("peer_python", None, "Python of an environment with open_clip")
-    _SECONDS = flags.DEFINE_integer("seconds", 570, "When to stop, of whatever is left")
-    _RESULTS = flags.DEFINE_string("results", "docs/step_time.jsonl", "One line for each row")
-    _TABLE = flags.DEFINE_string("table", "docs/notes/performance.md", "Where the table is written")
-    _CHART = flags.DEFINE_string("chart", "docs/images/step_time.png", "Where the chart is drawn")
-    app.run(main)
+    main()

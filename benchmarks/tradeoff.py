@@ -1,15 +1,15 @@
-"""The paper's figure 1, small: python -m benchmarks.tradeoff --workdir=DIR [--measure]
+"""Run the paper's figure 1 at laptop size: python -m benchmarks.tradeoff --workdir=DIR [--measure]
 
-Trains a FLIP on the embedded emoji without masking, with half and with three quarters of the patches masked, for
-several lengths each, and draws the zero-shot accuracy on another vendor's drawings against the time of training. A
-result is a line of --results and is not trained again; a run that was stopped goes on from its checkpoint. Runs of
---ablations (docs/ablations.jsonl) that are the same are taken from there.
+Trains a FLIP on the embedded emoji at mask 0, 0.5 and 0.75 for several lengths each, and draws the zero-shot accuracy
+on another vendor's drawings against training time. A result is a line of --results and is not trained again; a stopped
+run resumes from its checkpoint. Equal runs of --ablations (docs/ablations.jsonl) are reused.
 
-The time of a run is its steps times the seconds of one, which --measure takes on a machine that should do nothing else:
-the three settings in turn, round after round, with the input pipeline. The median counts of all rounds of all calls;
-without any, the training ends with one. Compiling, evaluating and saving are left out.
+The time of a run is its number of steps times the seconds per step. --measure takes these on a machine that should be
+otherwise idle: the three settings in turn, round after round, with the input pipeline. The median over all rounds of
+all calls counts; if there are none, the training ends with one. Compiling, evaluating and saving are excluded.
 """
 
+import argparse
 import pathlib
 import time
 from collections.abc import Sequence
@@ -17,11 +17,10 @@ from collections.abc import Sequence
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, flags
 from tqdm import tqdm
 
 from benchmarks import emoji_runs, own_step, pages
-from flip_jax import inference, sharding, train_step
+from flip_jax import inference, memory, sharding, train_step
 from flip_jax.config import Config
 from flip_jax.data import emoji, pipeline
 from flip_jax.data.tokenizer import Tokenizer
@@ -32,8 +31,8 @@ LARGE = (
     ",model.image.width=384,model.image.depth=12,model.image.heads=6,model.text.width=256,model.text.depth=4"
     ",model.text.heads=4,model.embed_dim=256,model.dtype=bfloat16,model.unroll=false,optim.base_learning_rate=5e-4"
 )
-SIZES = {"small": ("", 6_400), "large": (LARGE, 51_200)}  # what is changed, and samples of the shortest run
-ROUNDS, TURN = 4, 4096  # of a measurement, and samples of each setting's turn in a round
+SIZES = {"small": ("", 6_400), "large": (LARGE, 51_200)}  # (changed settings, samples of the shortest run)
+ROUNDS, TURN = 4, 4096  # rounds of a measurement, samples of a turn
 PAPER = 3.7  # L/16 on LAION-400M, 256 TPU v3 cores; figure 1
 HEADER = """# Accuracy against time
 
@@ -60,9 +59,9 @@ baseline's best accuracy.
 
 
 def time_to(points: Sequence[tuple[float, float]], accuracy: float) -> float | None:
-    """When the (time, accuracy) points, joined by straight lines, first reach `accuracy`; None: never.
+    """Return when the linearly interpolated (time, accuracy) points first reach `accuracy`; None: never.
 
-    That of the first point, if it is beyond already, though a shorter run might do.
+    If the first point is already beyond it, its time is returned, although a shorter run might do.
     """
     points = sorted(points)
     if points and points[0][1] >= accuracy:
@@ -74,26 +73,26 @@ def time_to(points: Sequence[tuple[float, float]], accuracy: float) -> float | N
 
 
 def speed_up(baseline: Sequence[tuple[float, float]], points: Sequence[tuple[float, float]]) -> float | None:
-    """The time of the baseline's last point over that which `points` need for its accuracy; None: not reached."""
+    """Divide the time of the baseline's last point by the time `points` need for its accuracy; None: not reached."""
     end, accuracy = max(baseline)
     needed = time_to(points, accuracy)
     return needed and end / needed
 
 
 def step_seconds(settings: dict[str, Config]) -> dict[str, list[float]]:
-    """Seconds of a training step of each run, one figure a round; the runs take turns."""
+    """Measure the seconds per training step of each run, once per round; the runs take turns."""
     mesh, loops, seconds = sharding.make_mesh(next(iter(settings.values())).mesh), {}, {run: [] for run in settings}
     with jax.set_mesh(mesh):
         for run, config in tqdm(settings.items(), desc="compiling"):
             tokenizer = Tokenizer.train(pipeline.caption_sample(config), config.model.text.vocab_size)
             batches = iter(pipeline.train_dataset(config, tokenizer, process_index=0, process_count=1))
             program = train_step.make_program(config, mesh)
-            program = program._replace(step=train_step.lower(program, config, mesh).compile())
+            program = program._replace(step=memory.lower(program, config, mesh).compile())
             loops[run] = config.global_batch_size, batches, program, program.init()
         for turn in tqdm(range(ROUNDS + 1), desc="rounds"):
             for run, (size, batches, program, state) in loops.items():
                 for step in range(TURN // size):
-                    if step == pipeline.PREFETCH + 1:  # what was loaded while others had their turn is used up
+                    if step == pipeline.PREFETCH + 1:  # batches prefetched during other turns are used up
                         start = time.perf_counter()
                     batch = next(batches)
                     arrays = sharding.to_devices(mesh, *(batch[name] for name in program.inputs))
@@ -105,12 +104,12 @@ def step_seconds(settings: dict[str, Config]) -> dict[str, list[float]]:
 
 
 def settings(size: str, run: str, samples: int, seed: int, workdir: pathlib.Path) -> Config:
-    """Of one training run."""
+    """Return the settings of one training run."""
     return emoji_runs.settings(samples, emoji_runs.MASKS[run] + SIZES[size][0], seed, workdir)
 
 
 def missing(scores: list[dict], size: str, seeds: int) -> list[tuple[str, int, int]]:
-    """(run, samples, seed) of all runs without a result: cheap ones first, but last those that ablations.py trains."""
+    """Return (run, samples, seed) of all runs without a result: cheap ones first, those of ablations.py last."""
 
     def order(run: tuple[str, int, int]) -> tuple[bool, float, tuple[str, int, int]]:
         return run[1] == emoji_runs.SAMPLES, run[1] * (1 - float(run[0].removeprefix("mask "))), run
@@ -124,19 +123,18 @@ def missing(scores: list[dict], size: str, seeds: int) -> list[tuple[str, int, i
     return sorted(runs - {(line["result"], line["samples"], line["seed"]) for line in scores}, key=order)
 
 
-def read(size: str) -> tuple[list[dict], list[dict]]:
-    """All accuracies, and all measurements of the steps' time."""
-    lines = [line for line in pages.read(pathlib.Path(_RESULTS.value)) if line["size"] == size]
+def read(results: pathlib.Path, ablations: pathlib.Path, size: str) -> tuple[list[dict], list[dict]]:
+    """Return all accuracies, and all measurements of step times."""
+    lines = [line for line in pages.read(results) if line["size"] == size]
     scores = [line for line in lines if line["result"] in emoji_runs.MASKS]
     if size == "small":
-        shared = pages.read(pathlib.Path(_ABLATIONS.value))
+        shared = pages.read(ablations)
         scores += [line | {"samples": emoji_runs.SAMPLES} for line in shared if line["result"] in emoji_runs.MASKS]
     return scores, [line for line in lines if line["result"] == "step seconds"]
 
 
-def show(size: str) -> None:
-    """Writes the table and draws the chart of the results that there are, once the steps' time is known."""
-    scores, measured = read(size)
+def show(scores: list[dict], measured: list[dict], size: str, table: pathlib.Path, chart: pathlib.Path) -> None:
+    """Write the table and draw the chart of the results so far, once step times are known."""
     if not (scores and measured):
         return
     seconds = {run: float(np.median([t for line in measured for t in line[run]])) for run in emoji_runs.MASKS}
@@ -162,20 +160,20 @@ def show(size: str) -> None:
         for run in list(runs)[1:]:
             ratios = (speed_ups(curve["mask 0"], curve[run]) for curve in curves.values())
             text += f"| {run.removeprefix('mask ')} | {' | '.join(ratios)} | {PAPER} |\n"
-    pages.write(pathlib.Path(_TABLE.value), text)
-    draw(curves, pathlib.Path(_CHART.value))
+    pages.write(table, text)
+    draw(curves, chart)
 
 
 Curve = list[tuple[float, dict[int, float]]]  # the time of a length, and the accuracy that each seed reached
 
 
 def means(curve: Curve) -> list[tuple[float, float]]:
-    """(time, mean accuracy) of each length."""
+    """Return (time, mean accuracy) of each length."""
     return [(seconds, float(np.mean(list(by_seed.values())))) for seconds, by_seed in curve]
 
 
 def speed_ups(baseline: Curve, masked: Curve) -> str:
-    """That of the means, and in brackets those of the seeds that the longest baseline was trained with."""
+    """Format the speed-up of the means, and in brackets of each seed of the longest baseline."""
 
     def shown(ratio: float | None) -> str:
         return "not reached" if ratio is None else f"{ratio:.2f}"
@@ -189,7 +187,7 @@ def speed_ups(baseline: Curve, masked: Curve) -> str:
 
 
 def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
-    """Accuracy against time, one panel for each measure; a dashed line is the longest unmasked run's accuracy."""
+    """Draw accuracy against time, a panel per metric; the dashed line is the longest unmasked run's accuracy."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, (key, by_run) in zip(panels, curves.items(), strict=True):
         for run, curve in by_run.items():
@@ -208,42 +206,46 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def measure(size: str, workdir: pathlib.Path) -> None:
-    """Adds a line with the seconds of a step."""
+def measure(results: pathlib.Path, size: str, workdir: pathlib.Path) -> None:
+    """Append a line with the seconds per step."""
     runs = {run: settings(size, run, SIZES[size][1], 0, workdir) for run in emoji_runs.MASKS}
     line = {"result": "step seconds", "size": size, "device": own_step.device()} | step_seconds(runs)
-    pages.append(pathlib.Path(_RESULTS.value), [line])
+    pages.append(results, [line])
 
 
-def main(_) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder for the runs and the data set")
+    parser.add_argument("--results", type=pathlib.Path, default="docs/tradeoff.jsonl", help="one line per result")
+    parser.add_argument("--ablations", type=pathlib.Path, default="docs/ablations.jsonl", help="those of ablations.py")
+    parser.add_argument("--table", type=pathlib.Path, default="docs/tradeoff.md", help="the page to write")
+    parser.add_argument("--chart", type=pathlib.Path, default="docs/images/tradeoff.png", help="the chart to draw")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
+    parser.add_argument("--measure", action="store_true", help="only measure the time of a step")
+    arguments = parser.parse_args()
     plt.switch_backend("agg")
-    workdir, size = pathlib.Path(_WORKDIR.value).absolute(), "small" if jax.default_backend() == "cpu" else "large"
+    workdir, results = arguments.workdir.absolute(), arguments.results
+    size = "small" if jax.default_backend() == "cpu" else "large"
+    files = results, arguments.ablations
     emoji.prepare(str(workdir / "data"))
-    if _MEASURE.value:
-        measure(size, workdir)
+    if arguments.measure:
+        measure(results, size, workdir)
     else:
-        progress = tqdm(total=len(missing(read(size)[0], size, _SEEDS.value)), desc="runs")
-        while todo := missing(read(size)[0], size, _SEEDS.value):
+        progress = tqdm(total=len(missing(read(*files, size)[0], size, arguments.seeds)), desc="runs")
+        while todo := missing(read(*files, size)[0], size, arguments.seeds):
             run, samples, seed = todo[0]
             config = settings(size, run, samples, seed, workdir)
             path = workdir / size / run.replace(" ", "_") / str(samples) / str(seed)
             emoji_runs.fit(config, path)
             found = emoji_runs.score(inference.load(path), config)
             line = {"result": run, "size": size, "samples": samples, "seed": seed} | found
-            pages.append(pathlib.Path(_RESULTS.value), [line])
-            show(size)
+            pages.append(results, [line])
+            show(*read(*files, size), size, arguments.table, arguments.chart)
             progress.update()
-        if not read(size)[1]:
-            measure(size, workdir)
-    show(size)
+        if not read(*files, size)[1]:
+            measure(results, size, workdir)
+    show(*read(*files, size), size, arguments.table, arguments.chart)
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and the data set", required=True)
-    _RESULTS = flags.DEFINE_string("results", "docs/tradeoff.jsonl", "One line for each result")
-    _ABLATIONS = flags.DEFINE_string("ablations", "docs/ablations.jsonl", "Results of benchmarks.ablations")
-    _TABLE = flags.DEFINE_string("table", "docs/tradeoff.md", "Where the table is written")
-    _CHART = flags.DEFINE_string("chart", "docs/images/tradeoff.png", "Where the chart is drawn")
-    _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each row")
-    _MEASURE = flags.DEFINE_bool("measure", False, "Measure the time of a step and train nothing")
-    app.run(main)
+    main()

@@ -1,6 +1,6 @@
-"""Programs measured in turn, each in a process of its own, so that a slow minute of the machine meets all of them.
+"""Measure programs in turn, each in its own process, so that a slow minute of the machine affects all of them.
 
-The standard library alone: the processes may belong to other environments.
+Uses only the standard library, because the processes may belong to other environments.
 """
 
 import json
@@ -13,28 +13,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
-PRODUCT = 2048  # rows and columns of the matrix product whose rate stands for a CPU's peak, in every process
-# Freed memory stays with the process: XLA asks for the buffers of a step anew for each, and the page faults of new ones
-# would take a tenth of it. torch keeps its own, and gains nothing.
+PRODUCT = 2048  # rows and columns of the matrix product whose rate stands in for a CPU's peak
+# Keep freed memory in the process: XLA allocates the buffers of every step, and page faults of new ones would take a
+# tenth of the step. torch has its own cache and gains nothing.
 HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
-LEAST = 1.0  # seconds of a turn: what takes less is repeated
+LEAST = 1.0  # seconds of a turn; shorter programs are repeated
 
 
 class Worker:
-    """A process that calls `serve`, as the one that measures sees it; with `HEAP`, unless the environment differs."""
+    """A process that calls `serve`, seen from the measuring side; it gets `HEAP` unless the environment differs."""
 
     def __init__(self, command: Sequence[str]):
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=HEAP | os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.about = self._receive()  # what it said of itself once everything was compiled
+        self.about = self._receive()  # what it reports once everything is compiled
 
     def seconds(self, name: str) -> float:
-        """What one call of `name` takes now."""
+        """Measure one call of `name`."""
         return self.turn(name)[0]
 
     def turn(self, name: str) -> tuple[float, float]:
-        """The seconds of one call of `name`, and how many cores its process kept busy."""
+        """Return the seconds of one call of `name`, and how many cores its process kept busy."""
         print(name, file=self._process.stdin, flush=True)
         return tuple(self._receive())
 
@@ -50,18 +50,17 @@ class Worker:
 
 
 def serve(about: dict[str, Any], programs: dict[str, Callable[[int], None]]) -> None:
-    """Says `about` and the names of `programs` on standard output; then, for each line with a name, what a turn takes:
-    the seconds of one call, and the cores that were busy.
+    """Print `about` and the names of `programs`; then, for each input line with a name, a turn's seconds and cores.
 
-    A program runs as often as its argument says, and returns when all is done. One that raises RuntimeError at first,
-    for want of memory mostly, is left out.
+    Seconds are those of one call, cores those that were busy. A program runs as often as its argument says, and returns
+    when everything is done. A program whose first call raises RuntimeError, usually for lack of memory, is skipped.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps the libraries' output out of the answers
     repeats = {}
     for name, program in programs.items():
         try:
-            program(1)  # compiles, where that has not been done
+            program(1)  # compiles, if that is still to be done
             start = time.perf_counter()
             program(1)
         except RuntimeError as error:

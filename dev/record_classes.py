@@ -1,7 +1,7 @@
-"""Writes classes.json and templates.json beside it, from what published packages say: python record.py FOLDER
+"""Writes flip_jax/evaluators/data/*.json from published packages: python dev/record_classes.py FOLDER
 
 FOLDER holds the packages: pip install --no-deps --target=FOLDER clip-benchmark==1.6.2 open_clip_torch==3.3.0
-mmpretrain==1.2.0. Nothing of them is imported. What TFDS calls its classes comes from the installed TFDS.
+mmpretrain==1.2.0. None of them is imported. The class names of TFDS come from the installed TFDS.
 """
 
 import ast
@@ -20,7 +20,7 @@ SOURCES = {
     "mmpretrain": "the names of the set itself, as recorded in mmpretrain 1.2.0 (Apache-2.0)",
     "tfds": "the names of the set itself, as recorded in tensorflow-datasets 4.9.10 (Apache-2.0)",
 }
-# Our name: clip-benchmark's, and TFDS's where both have the same order (compared name by name).
+# {our name: (clip-benchmark's, TFDS's if both have the same order, compared name by name)}
 CLIP = {
     "caltech101": ("caltech101_vtab", "caltech101"),
     "clevr_count": ("clevr_count_all", None),
@@ -77,7 +77,7 @@ TEMPLATES = {
 
 
 def literal(path: pathlib.Path, name: str):
-    """What a Python file gives a name; prompts that are functions of a name come with {} in its place."""
+    """Return the value that a Python file assigns to a name; prompts that are lambdas get {} for their argument."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             if all(isinstance(item, ast.Lambda) for item in node.value.elts):
@@ -156,8 +156,9 @@ def write(path: pathlib.Path, key: str, notes: dict, entries: dict) -> None:
 
 
 if __name__ == "__main__":
-    here, packages = pathlib.Path(__file__).parent, pathlib.Path(sys.argv[1])
-    notes = {"about": "Written by record.py. Data of others: `from` says whose.", "sources": SOURCES}
-    write(here / "classes.json", "sets", notes, classes(packages))
+    data = pathlib.Path(__file__).parent.parent / "flip_jax" / "evaluators" / "data"
+    packages = pathlib.Path(sys.argv[1])
+    notes = {"about": "Written by dev/record_classes.py. Data of others: `from` says whose.", "sources": SOURCES}
+    write(data / "classes.json", "sets", notes, classes(packages))
     whose = {"imagenet": "open_clip", "ucf101": "prompts", "others": "clip"}
-    write(here / "templates.json", "templates", notes | {"from": whose}, templates(packages))
+    write(data / "templates.json", "templates", notes | {"from": whose}, templates(packages))

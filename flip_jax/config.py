@@ -7,7 +7,7 @@ import dataclasses
 class ImageConfig:
     """Vision transformer. Sizes in pixels; `mask_ratio` is the share of patches removed in training (0: CLIP).
 
-    `mask` is a strategy of flip_jax/masking.py; "resize" shrinks the picture to as many patches instead.
+    `mask` is a strategy of flip_jax/masking.py; "resize" shrinks the image to as many patches instead.
     """
 
     image_size: int = 224
@@ -52,7 +52,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """MAE's decoder, which draws the removed patches, and the weight of its loss (0: none). Paper, table 1f."""
+    """MAE's decoder, which reconstructs the removed patches, and the weight of its loss (0: none). Paper, table 1f."""
 
     weight: float = 0.0
     width: int = 512
@@ -62,7 +62,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Two towers, their projections to `embed_dim`, compute type and what the backward pass recomputes."""
+    """Two towers, their projections to `embed_dim`, the compute type and what the backward pass recomputes."""
 
     image: ImageConfig = ImageConfig()
     text: TextConfig = TextConfig()
@@ -73,9 +73,9 @@ class ModelConfig:
     norm_eps: float = 1e-6
     loss: str = "info_nce"  # or "sigmoid" (SigLIP), with a learned bias
     dtype: str = "bfloat16"
-    remat: str = "none"  # or "dots", "names", "full": less and less is kept; "auto": the first that fits
-    attention: str = "xla"  # or "cudnn": cuDNN's, on NVIDIA GPUs and where no token is padding or to come
-    unroll: bool = False  # layers written out instead of a loop: longer to compile, faster on CPUs
+    remat: str = "none"  # or "dots", "names", "full", each of which keeps less; "auto": the first that fits
+    attention: str = "xla"  # or "cudnn": cuDNN's, on NVIDIA GPUs where attention has no mask (padding, causal)
+    unroll: bool = False  # layers unrolled instead of a loop: longer to compile, faster on CPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,10 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Training of the image tower as a classifier of `classes` classes (0: contrastive training). See finetune.py."""
+    """Training of the image tower as a classifier of `classes` classes (0: contrastive training).
+
+    `mixup` and `cutmix` are the a of their Beta(a, a) distributions (0: never). See models/classifier.py.
+    """
 
     classes: int = 0
     layer_decay: float = 0.75  # the rate of a layer as a share of that of the next one
@@ -113,9 +116,16 @@ class DataConfig:
     train: str = ""
     tfds_dir: str = ""
     vocab: str = ""
-    captions: tuple[str, ...] = ("caption", "captions", "title", "text", "captions/text", "txt")  # the first there is
-    shuffle_window: int = 10_000  # records of a window, held encoded
-    interleave: int = 8  # shards read at once
+    captions: tuple[str, ...] = (
+        "caption",
+        "captions",
+        "title",
+        "text",
+        "captions/text",
+        "txt",
+    )  # the first found
+    shuffle_window: int = 10_000  # records that are held, still encoded, and shuffled
+    interleave: int = 8  # shards read in parallel
     threads: int = 0  # decoding threads; 0: one per core
     crop_area: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -127,7 +137,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes `fsdp` and `tensor`; `data` takes the devices that are left."""
+    """Sizes of the mesh axes `fsdp` and `tensor`; `data` takes the remaining devices."""
 
     fsdp: int = 1
     tensor: int = 1
@@ -137,13 +147,13 @@ class MeshConfig:
 class EvalConfig:
     """Evaluation every `every_steps` and at the end (0: never) by `tasks`, each EVALUATOR/DATASET.
 
-    EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.datasets.KNOWN`; NAME=SOURCE,
-    where its pictures lie elsewhere; or SOURCE, a source as in `Data.train`. Where something is fitted on a training
+    EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.known.KNOWN`; NAME=SOURCE,
+    where its images lie elsewhere; or SOURCE, a source as in `Data.train`. Where something is fitted on a training
     split, ";train=SOURCE" follows. `classnames` names a file of class names (one a line, or a JSON list) for tasks that
     are a SOURCE, `templates` are prompts with {} for the name; where they are empty, the set's own are used.
 
-    `mask` is what is encoded of a picture (the paper's table 1d): all of it, "intact"; one random part of the size that
-    training sees, "masked"; or the mean over such parts that together cover it, "ensemble".
+    `mask` is the part of an image that is encoded (the paper's table 1d): all of it, "intact"; one random part of the
+    size that training sees, "masked"; or the mean over such parts that together cover it, "ensemble".
     """
 
     every_steps: int = 0
@@ -164,10 +174,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Write metrics every `every_steps`; nothing is fetched from the devices in between."""
+    """Write metrics every `every_steps`; in between nothing is fetched from the devices."""
 
     every_steps: int = 50
-    wandb: str = ""  # a project of Weights & Biases, which then gets all that TensorBoard does
+    wandb: str = ""  # a project of Weights & Biases, which then gets everything that TensorBoard gets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +188,9 @@ class Config:
     global_batch_size: int = 65_536
     total_samples: int = 12_800_000_000
     warmup_samples: int = 51_200_000
-    microbatches: int = 1  # parts of the batch that are encoded one after the other; the loss stays over all of it
+    microbatches: int = 1  # parts of the batch that are encoded one after the other; the loss compares the full batch
     init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
-    profile: tuple[int, ...] = ()  # first and last step of which jax.profiler writes a trace to WORKDIR/profile
+    profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     finetune: FinetuneConfig = FinetuneConfig()
@@ -192,5 +202,5 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run; the last, partial batch is not trained."""
+        """Optimizer steps of the whole run; a last, partial batch is not trained."""
         return self.total_samples // self.global_batch_size

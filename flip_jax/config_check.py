@@ -1,4 +1,4 @@
-"""Settings from a recipe and the command line to a checked `Config`: what is refused, and how it is said."""
+"""Turns a recipe and the command line into a checked `Config`, or refuses them with the remedy."""
 
 import dataclasses
 import difflib
@@ -76,7 +76,7 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def unknown(key: str) -> str | None:
-    """What to say of a key that is no setting, with those that end alike or are written alike; None if it is one."""
+    """Error text for an unknown key, with the settings that it may mean; None for a known one."""
     known = flatten(Config())
     if key in known:
         return None
@@ -99,7 +99,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _cast(hint: Any, value: Any, key: str) -> Any:
-    """The value if it is of the type `hint`; integers pass as floats, lists as tuples."""
+    """Returns the value if it has the type `hint`; integers pass as floats, lists as tuples."""
     if isinstance(hint, types.GenericAlias):  # tuple[float, float] or tuple[str, ...]
         items = typing.get_args(hint)
         if isinstance(value, (list, tuple)):
@@ -167,14 +167,14 @@ def _check(config: Config) -> None:
         raise UserError("config.model.attention 'cudnn' computes in half precision: set config.model.dtype 'bfloat16'")
     if text.causal and (text.mask_padding or text.pool == "first"):
         raise UserError(
-            "config.model.text.causal: no token sees the padding behind it, and the first sees none but itself; set "
-            f"mask_padding False and pool 'last' or 'mean', got {text.mask_padding} and {text.pool!r}"
+            "config.model.text.causal: no token sees the padding behind it, and the first sees only itself; "
+            f"set mask_padding False and pool 'last' or 'mean', got {text.mask_padding} and {text.pool!r}"
         )
     if image.positions == "sincos" and image.width % 4:
         raise UserError(f"config.model.image.width must divide by 4 for sin-cos positions, got {image.width}")
     if config.model.decoder.weight and (image.mask_ratio == 0 or image.mask == "resize"):
         raise UserError(
-            "config.model.decoder draws removed patches, but none is removed by config.model.image.mask "
+            "config.model.decoder reconstructs removed patches, but none is removed by config.model.image.mask "
             f"{image.mask!r} at mask_ratio {image.mask_ratio}; set decoder.weight to 0 or mask some"
         )
     for name in ("image", "text", "decoder"):
@@ -201,7 +201,7 @@ def _check(config: Config) -> None:
             raise UserError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
     if config.finetune.classes and (image.mask_ratio or config.microbatches > 1):
         raise UserError(
-            "config.finetune.classes: fine-tuning sees whole pictures, a batch at once; set model.image.mask_ratio 0 "
+            "config.finetune.classes: fine-tuning sees whole images, a batch at once; set model.image.mask_ratio 0 "
             f"and microbatches 1, got {image.mask_ratio} and {config.microbatches}"
         )
     if config.eval.mask != "intact" and (image.mask != "random" or not image.mask_ratio):
@@ -237,7 +237,8 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         rest = values(argv)[1:]
         values.config.lock()  # a recipe that could not be read raises at its first use
     except flags.Error as error:
-        raise UserError(str(error.__cause__ or error.__context__ or error)) from error
+        cause = error.__cause__ or error.__context__  # absl wraps the refusals of a recipe
+        raise UserError(str(cause if isinstance(cause, UserError) else error)) from error
     except (KeyError, AttributeError, OSError) as error:
         reason = next(filter(None, (unknown(key.removeprefix("config.")) for key in keys if "." in key)), None)
         raise UserError(reason or f"--config: {' '.join(str(error.args[0]).split())}") from error

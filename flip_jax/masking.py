@@ -1,4 +1,4 @@
-"""What the towers see of a batch: patches, and which of them and of the tokens a training step encodes.
+"""Masks: which patches and tokens of a batch a training step encodes.
 
 `see` decides once per step, for the whole batch and before microbatches are split; the towers get what is left and
 never see the rest.
@@ -17,28 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
+from flip_jax.runtime import UserError
 
 PAD = 0
 GREY = 225  # of the patches that are not seen, where they are drawn
-SIGMA = 0.8  # of `centred`, in half sides of the picture: the widest that GLIP's authors show
+SIGMA = 0.8  # of `centred`, in half sides of the image: the widest that GLIP's authors show
 BLOCK_ASPECT = 0.3  # sides of `block` are within this ratio and its inverse (BEiT)
 ANCHORS = 0.05  # share of the patches that `cluster` draws as anchors (2405.08815: less than 5 %)
 
 
 def smallest(noise: jax.Array, keep: int) -> jax.Array:
-    """Positions [B, keep] of the smallest values of each row of `noise` [B, L], in rising order of the noise."""
+    """Returns the positions [B, keep] of the smallest values of each row of `noise` [B, L], in rising order."""
     return jnp.argsort(noise, axis=1)[:, :keep]
 
 
 def random(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """A uniformly random subset. Paper, section 3."""
+    """Keeps a uniformly random subset. Paper, section 3."""
     return smallest(jax.random.uniform(key, patch_BxLxP.shape[:2]), keep)
 
 
 def views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """Random subsets [V, B, keep] that together show all patches, once each but for the last, which fills up.
+    """Draws random subsets [V, B, keep] that together cover all patches; only the last may repeat some.
 
-    The noise depends on the key and the picture itself only, so that evaluation does on neither batch nor devices.
+    The noise depends on the key and the image itself only, so that evaluation depends on neither batch nor devices.
     """
     count = patch_BxLxP.shape[1]
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.sum(patch_BxLxP.astype(jnp.uint32), axis=(1, 2)))
@@ -47,7 +48,7 @@ def views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def grid(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """The same 1, 2 (a chequerboard) or 3 patches of every 2 x 2, at a random offset. CLIPA, 2305.07017, and MAE."""
+    """Keeps the same 1, 2 (a chequerboard) or 3 patches of every 2 x 2, at a random offset. CLIPA, 2305.07017; MAE."""
     row_L, column_L = _rows_and_columns(patch_BxLxP)
     shift_Bx2 = jax.random.randint(key, (len(patch_BxLxP), 2), 0, 2)
     row_BxL, column_BxL = ((x[None] + shift_Bx2[:, i, None]) % 2 for i, x in enumerate((row_L, column_L)))
@@ -56,9 +57,10 @@ def grid(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def block(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """One rectangle of random shape and place stays, as in CLIPA, 2305.07017 (MAE's blocks are what is removed).
+    """Keeps one rectangle of random shape and place, as in CLIPA, 2305.07017 (MAE's blocks are removed instead).
 
-    Of the fewest whole columns that hold `keep` patches at the drawn height, the patches too many go at random.
+    The rectangle has the fewest whole columns that hold `keep` patches at the drawn height; surplus patches are removed
+    at random.
     """
     size, side = patch_BxLxP.shape[:2], math.isqrt(patch_BxLxP.shape[1])
     shape_key, place_key, trim_key = jax.random.split(key, 3)
@@ -73,7 +75,7 @@ def block(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def centred(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """Drawn one after the other with weights that are a Gaussian about the picture's centre. GLIP, 2403.15837."""
+    """Draws patches one by one with weights that are a Gaussian around the image's centre. GLIP, 2403.15837."""
     half = math.isqrt(patch_BxLxP.shape[1]) / 2
     row_L, column_L = ((x + 0.5) / half - 1 for x in _rows_and_columns(patch_BxLxP))
     weight_L = np.exp(-(row_L**2 + column_L**2) / (2 * SIGMA**2))
@@ -81,10 +83,10 @@ def centred(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def cluster(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """Random anchors go, with the patches whose pixels are most like one of them (cosine). Wei et al., 2405.08815.
+    """Removes random anchors and the patches whose pixels are most like one of them (cosine). 2405.08815.
 
-    The paper removes what is nearer than a threshold; an exact count sets the threshold of each picture. Pixels count
-    from the picture's mean, or all of a bright picture would be one cluster. Every second row of them tells enough.
+    The paper removes what is nearer than a threshold; an exact count sets the threshold of each image. Pixels are
+    centred on the image's mean, or all of a bright image would be one cluster. Every second row of pixels is enough.
     """
     anchor_key, tie_key = jax.random.split(key)
     size, row = patch_BxLxP.shape[:2], 3 * math.isqrt(patch_BxLxP.shape[2] // 3)
@@ -98,7 +100,7 @@ def cluster(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
 
 
 def resize(image_BxHxWx3: jax.Array, side: int) -> jax.Array:
-    """Instead of a part of the picture all of it, at `side` pixels. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
+    """Shrinks the whole image to `side` pixels instead. Antialiased bicubic. RECLIP, 2304.06028; CLIPA."""
     shape = (len(image_BxHxWx3), side, side, 3)
     smaller = jax.image.resize(image_BxHxWx3.astype(jnp.float32), shape, "cubic")
     is_uint8 = image_BxHxWx3.dtype == jnp.uint8
@@ -116,29 +118,29 @@ def _weighted(key: jax.Array, shape: tuple[int, int], slowness: jax.Array, keep:
 
 
 def random_tokens(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """A uniformly random subset, padding or not. Paper, table 1c."""
+    """Keeps a uniformly random subset, padding or not. Paper, table 1c."""
     return _in_text_order(jax.random.uniform(key, token_BxT.shape), keep)
 
 
 def prioritised(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """Padding goes first; of the real tokens a random subset stays. Paper, table 1c."""
+    """Removes padding first, then random real tokens. Paper, table 1c."""
     return _in_text_order(jnp.where(token_BxT == PAD, jnp.inf, jax.random.uniform(key, token_BxT.shape)), keep)
 
 
 def truncate(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """The first `keep`. CLIPA, 2305.07017."""
+    """Keeps the first tokens. CLIPA, 2305.07017."""
     return jnp.broadcast_to(jnp.arange(keep)[None], (len(token_BxT), keep))
 
 
 def token_block(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """A run at a random place within the real tokens, or from the first where they are fewer. CLIPA, 2305.07017."""
+    """Keeps consecutive real tokens from a random one on, or from the first where they are few. CLIPA, 2305.07017."""
     spare_B = jnp.maximum(jnp.sum(token_BxT != PAD, axis=1) - keep, 0)
     start_B = jnp.floor(jax.random.uniform(key, spare_B.shape) * (spare_B + 1)).astype(jnp.int32)
     return start_B[:, None] + jnp.arange(keep)[None]
 
 
 def frequency(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
-    """Rare tokens stay: drawn one after the other with weights sqrt(1 / f), padding last. CLIPF, 2412.16148.
+    """Prefers rare tokens: draws them one by one with weights sqrt(1 / f), padding last. CLIPF, 2412.16148.
 
     The paper keeps a word of frequency f with probability sqrt(t / f); for an exact count t drops out. It takes f from
     the corpus; here it is the token's share of the global batch, which needs neither a table nor state. Ids above
@@ -235,21 +237,21 @@ def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) 
 
 
 def check(image: ImageConfig, text: TextConfig) -> None:
-    """Raises ValueError for a ratio that the strategy cannot keep exactly, or a strategy that makes no sense."""
+    """Raises UserError for a ratio that the strategy cannot keep exactly, or a strategy that makes no sense."""
     sizes = {"image": (image, image.visible_patches, "patch"), "text": (text, text.visible_tokens, "token")}
     for name, (tower, left, unit) in sizes.items():
         if not 0 <= tower.mask_ratio < 1:
-            raise ValueError(f"config.model.{name}.mask_ratio must be in [0, 1), got {tower.mask_ratio}")
+            raise UserError(f"config.model.{name}.mask_ratio must be in [0, 1), got {tower.mask_ratio}")
         if left < 1:
-            raise ValueError(f"config.model.{name}.mask_ratio {tower.mask_ratio} leaves no {unit}; lower it")
+            raise UserError(f"config.model.{name}.mask_ratio {tower.mask_ratio} leaves no {unit}; lower it")
     if text.mask_ratio and text.pool == "last":
-        raise ValueError(
+        raise UserError(
             f"config.model.text.pool 'last' reads the token that ends a caption, which mask={text.mask} may remove; "
             "set mask_ratio to 0, or pool to 'mean'"
         )
     side, ratio = image.image_size // image.patch_size, image.mask_ratio
     if ratio and image.mask == "grid" and (side % 2 or ratio not in (0.25, 0.5, 0.75)):
-        raise ValueError(
+        raise UserError(
             f"config.model.image.mask_ratio {ratio} of {side} x {side} patches: mask=grid removes 0.25, 0.5 or 0.75 "
             f"of an even number a side; set image_size {image.patch_size * (side + side % 2)} and "
             f"mask_ratio {min(0.75, max(0.25, round(4 * ratio) / 4))}"
@@ -258,7 +260,7 @@ def check(image: ImageConfig, text: TextConfig) -> None:
     if ratio and image.mask == "resize" and root**2 != image.visible_patches:
         # Half a patch more is removed, so that rounding leaves the count as it is.
         near = [f"{1 - (n**2 + 0.5) / side**2:.4f} ({n} x {n})" for n in (root, root + 1) if n < side]
-        raise ValueError(
+        raise UserError(
             f"config.model.image.mask_ratio {ratio} leaves {image.visible_patches} of {side} x {side} patches, but "
             f"mask=resize needs a square number of them; the nearest mask_ratio: {' or '.join(near)}"
         )

@@ -1,24 +1,29 @@
-"""What a run reports: metrics.jsonl always, other writers (see writers.py) as there are any, and a progress line."""
+"""The metrics of a run: metrics.jsonl, the trackers that are installed or asked for, and a progress line."""
 
+import importlib.util
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from etils import epath
 
-from flip_jax import writers
 from flip_jax.config import Config
+from flip_jax.runtime import UserError
 
-# Peak bf16 FLOP/s of one device as jax counts them (a TPU v2 or v3 device is one core). Makers' data sheets.
+# Peak bf16 FLOP/s of one device as JAX counts them, from data sheets (a TPU v3 or TPU7x chip is two devices).
 PEAK_FLOPS = {
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -26,63 +31,107 @@ PEAK_FLOPS = {
 
 
 def peak_flops() -> float | None:
-    """Peak bf16 FLOP/s of all devices of the run, or None for a kind that is not in the table."""
+    """Returns the peak bf16 FLOP/s of all devices of the run, or None for a kind that is not in the table."""
     kind = jax.devices()[0].device_kind
     known = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(known, key=len)] * jax.device_count() if known else None
 
 
-class Writer:
-    """Adds to WORKDIR/metrics.jsonl, and gives to the other writers; on all processes but the first it does nothing.
+def check(config: Config) -> None:
+    """Raises UserError where the run asks for Weights & Biases and its package is missing."""
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"config.log.wandb {config.log.wandb!r} needs Weights & Biases, which is not installed: pip install wandb, "
+            "or leave it empty"
+        )
 
-    Lines of steps after `step` (of a run that was killed and goes on from there) are dropped first.
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
+    """Reads the metrics of a run, in the order written; a line that a kill cut short is skipped."""
+    return [
+        json.loads(line)
+        for path in _metrics_files(workdir)
+        for line in path.read_text().splitlines()
+        if _step_of(line) < math.inf
+    ]
+
+
+def write_parameters(workdir: epath.Path, params: Mapping[str, Any]) -> None:
+    """Writes name, shape, type, size and sharding of each parameter, and their total, to WORKDIR/parameters.txt.
+
+    `params` is a nested dict of arrays, or of their shapes; only the first process writes.
+    """
+    if jax.process_index() == 0:
+        # Statistics of the values would need all processes and a fetch of every parameter.
+        table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
+        (workdir / "parameters.txt").write_text(table + "\n")
+
+
+class Writer:
+    """Writes a run's metrics to WORKDIR/metrics.jsonl and to its trackers, in the first process only.
+
+    An object store gets metrics-000001.jsonl and so on instead, see `trackers.ObjectLog`. When a run resumes at `step`,
+    lines of later steps, which are trained again, are dropped first.
     """
 
     def __init__(self, workdir: epath.Path, step: int, config: Config):
-        self._path, self.others = None, []
+        self._file: str | None = None
+        self._objects: Any = None
+        self.trackers: list[Any] = []
         if jax.process_index():
             return
-        self._path = workdir / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._text = "".join(line + "\n" for line in lines if step_of(line) <= step)
-        self._path.write_text(self._text)
-        self.others = writers.open_writers(workdir, config)
+        from flip_jax import trackers  # only this process needs them
 
-    def write(self, step: int, scalars: Mapping[str, float]):
-        """One line {"step": step, name: value, ...}."""
-        if self._path:
-            line = json.dumps({"step": step, **scalars}) + "\n"
-            self._text += line
-            if "://" in os.fspath(self._path):  # nothing is added to what is in an object store
-                self._path.write_text(self._text)
-            else:
-                with open(self._path, "a") as file:
-                    file.write(line)
-        for other in self.others:
-            other.write_scalars(step, scalars)
+        for path in _metrics_files(workdir):
+            text = path.read_text()
+            kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
+            if kept != text:
+                path.write_text(kept)
+        if "://" in os.fspath(workdir):
+            self._objects = trackers.ObjectLog(os.fspath(workdir / "metrics"), ".jsonl")
+        else:
+            self._file = os.fspath(workdir / "metrics.jsonl")
+        self.trackers = trackers.open_trackers(workdir, step, config)
 
-    def draw(self, step: int, histograms: Mapping[str, np.ndarray], images: Mapping[str, np.ndarray]):
-        """Arrays of any shape whose values are counted, and uint8 pictures [N, S, S, 3], for the other writers."""
-        for other in self.others:
-            other.write_histograms(step, histograms)
-            other.write_images(step, images)
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds one line {"step": step, name: value, ...}."""
+        line = json.dumps({"step": step, **scalars}) + "\n"
+        if self._file:
+            with open(self._file, "a") as file:
+                file.write(line)
+        if self._objects:
+            self._objects.write(line.encode())
+            self._objects.flush()
+        for tracker in self.trackers:
+            tracker.write_scalars(step, scalars)
 
-    def close(self):
-        """Flushes and closes the other writers."""
-        for other in self.others:
-            other.close()
+    def draw(self, step: int, histograms: Mapping[str, np.ndarray], images: Mapping[str, np.ndarray]) -> None:
+        """Gives the trackers arrays of any shape, shown as histograms, and uint8 images [N, H, W, 3]."""
+        for tracker in self.trackers:
+            tracker.write_histograms(step, histograms)
+            tracker.write_images(step, images)
+
+    def close(self) -> None:
+        """Flushes and closes the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
 
 
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one that was cut short by a kill."""
+def _metrics_files(workdir: epath.Path) -> list[epath.Path]:
+    """Lists the files of metrics in the order written: metrics.jsonl, metrics-000001.jsonl, metrics-000002.jsonl."""
+    return sorted(workdir.glob("metrics*.jsonl"), key=lambda path: (len(path.name), path.name))
+
+
+def _step_of(line: str) -> float:
+    """Returns the step of a line of metrics; infinity for one that was cut short by a kill."""
     try:
         return json.loads(line)["step"]
     except ValueError:
-        return float("inf")
+        return math.inf
 
 
 class Progress:
-    """Rate, time left and MFU of the steps since the last report."""
+    """Measures rate, time left and MFU of the steps since the last report."""
 
     def __init__(self, flops_per_sample: float, batch_size: int, step: int, total_steps: int):
         self._flops, self._peak = flops_per_sample, peak_flops()
@@ -90,7 +139,7 @@ class Progress:
         self._step, self._time = step, time.perf_counter()
 
     def report(self, step: int) -> dict[str, float]:
-        """{"images_per_second", "seconds_left", and "mfu" where the device's peak is known} since the last call."""
+        """Returns images_per_second, seconds_left and, where the device's peak is known, mfu, since the last call."""
         now = time.perf_counter()
         rate = (step - self._step) * self._batch_size / max(now - self._time, 1e-9)
         self._step, self._time = step, now
@@ -99,13 +148,13 @@ class Progress:
             report["mfu"] = rate * self._flops / self._peak
         return report
 
-    def exclude(self, seconds: float):
-        """Leaves `seconds` (of an evaluation, say) out of the next report."""
+    def exclude(self, seconds: float) -> None:
+        """Excludes `seconds`, such as those of an evaluation, from the next report."""
         self._time += seconds
 
 
 def progress_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
-    """What a person follows on the terminal."""
+    """Formats the line that a person follows on the terminal."""
     minutes, seconds = divmod(round(scalars["seconds_left"]), 60)
     mfu = f"  mfu {scalars['mfu']:.1%}" if "mfu" in scalars else ""
     scale = f"scale {scalars['logit_scale']:.2f}  " if "logit_scale" in scalars else ""
@@ -114,7 +163,3 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> 
         f"{scale}lr {scalars['learning_rate']:.3g}  "
         f"{scalars['images_per_second']:,.0f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     )
-
-
-def write_parameters(workdir, params):
-    """Replaced when the metrics are merged."""

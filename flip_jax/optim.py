@@ -32,7 +32,7 @@ def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """The run's learning rate as a function of the optimiser step."""
+    """The run's learning rate as a function of the optimizer step."""
     batch = config.global_batch_size
     return warmup_cosine(peak_learning_rate(config), config.warmup_samples / batch, config.total_samples / batch)
 

@@ -1,6 +1,6 @@
-"""The device mesh and how logical axes lie on it. Nothing else in the project names a mesh axis.
+"""The device mesh and the rules that lay logical axes on it. Nothing else in the project names a mesh axis.
 
-Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters and optimiser state, `tensor` splits heads
+Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters and optimizer state, `tensor` splits heads
 and the MLP's hidden units.
 """
 
@@ -13,7 +13,8 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flip_jax import config as config_lib
+from flip_jax.config import MeshConfig
+from flip_jax.runtime import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -28,23 +29,23 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(settings: config_lib.MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Lays the devices (default: all of the run's) out as data x fsdp x tensor; TPU slices split `data` alone.
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Lays the devices (default: all of the run's) out as data x fsdp x tensor; TPU slices split only `data`.
 
     Raises:
-      ValueError: the devices, or those of each slice, do not divide by fsdp * tensor.
+      UserError: the devices, or those of each slice, do not divide by fsdp * tensor.
     """
     devices = devices or jax.devices()
     on_tpu = devices[0].platform == "tpu"  # on GPUs a node is a slice, and fsdp may span some
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
-    inner = settings.fsdp * settings.tensor
+    inner = config.fsdp * config.tensor
     if len(devices) % (slices * inner):
-        raise ValueError(
-            f"config.mesh: fsdp {settings.fsdp} x tensor {settings.tensor} = {inner} does not divide the "
+        raise UserError(
+            f"config.mesh: fsdp {config.fsdp} x tensor {config.tensor} = {inner} does not divide the "
             f"{len(devices) // slices} devices of {'this run' if slices == 1 else f'each of the {slices} slices'}; "
             "choose sizes whose product does"
         )
-    shape = (len(devices) // slices // inner, settings.fsdp, settings.tensor)
+    shape = (len(devices) // slices // inner, config.fsdp, config.tensor)
     # jax.make_mesh would refuse sizes that do not match the axes of the machine's torus, such as 8 on 4x4x4 chips.
     options = {"devices": devices, "allow_split_physical_axes": True}
     if slices > 1:  # the network between them is slow: only gathers of embeddings and sums of gradients cross it
@@ -60,7 +61,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The rule of each logical name; a dimension that does not divide by its mesh axis stays whole."""
+    """Applies the rule of each logical name; a dimension that does not divide by its mesh axis is not split."""
     axes = []
     for name, size in zip(names, shape, strict=True):
         axis = RULES[name] if name else None
@@ -70,7 +71,7 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P
 
 
 def place(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
-    """Shape, type and sharding of each abstract parameter, by its logical axes; a plain nested dict."""
+    """Shape, type and sharding of each abstract parameter, by its logical axes, as a plain nested dict."""
 
     def placed(param):
         axes = spec(param.get_metadata()["axes"], param.shape, mesh)
@@ -85,13 +86,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def to_devices(mesh: Mesh, *local: np.ndarray) -> Iterator[jax.Array]:
-    """The global batch, from the rows that each process holds."""
+    """Yields the global batch, from the rows that each process holds."""
     rows = batch_sharding(mesh)
     return (jax.make_array_from_process_local_data(rows, array) for array in local)
 
 
 def split(arrays: Any, parts: int) -> Any:
-    """[B, ...] as [parts, B / parts, ...], each part with as many rows of every device; no row leaves its device."""
+    """Splits [B, ...] into [parts, B / parts, ...]; each part has equally many rows of every device, and none moves."""
 
     def one(x):
         shards = _batch_shards_here()
@@ -102,7 +103,7 @@ def split(arrays: Any, parts: int) -> Any:
 
 
 def join(arrays: Any) -> Any:
-    """What `split` made of [B, ...], put together again."""
+    """Undoes `split`."""
 
     def one(x):
         shards = _batch_shards_here()
@@ -117,7 +118,7 @@ def _batch_shards_here() -> int:
 
 
 def by_batch(x: jax.Array) -> jax.Array:
-    """Keeps an activation split by batch alone, so that FSDP gathers weights instead of splitting activations."""
+    """Keeps an activation split by batch only, so that FSDP gathers weights instead of splitting activations."""
     return _constrain(x, PartitionSpec(BATCH))
 
 

@@ -164,7 +164,7 @@ def _evaluation(
     def evaluate(params, batch, step):
         results = dict(evaluators.run(encoder.with_params(params), config))
         writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
-        if "text" in batch and (writer.others or jax.process_count() > 1):  # all take part, the first one writes
+        if "text" in batch and (writer.trackers or jax.process_count() > 1):  # all take part, the first one writes
             writer.draw(step, *look(params, batch, step))
 
     return evaluate

@@ -29,7 +29,7 @@ class Program(NamedTuple):
     inputs: tuple[str, str]  # the arrays of a batch that `step` takes
     state: TrainState
     init: Callable[[], TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    step: jax.stages.Wrapped  # (state, image, target) -> (state, dict of scalars)
 
 
 def make_loss_and_grads(graphdef: nnx.GraphDef, microbatches: int) -> Callable[..., tuple[jax.Array, Any]]:

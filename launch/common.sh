@@ -1,4 +1,4 @@
-# Sourced by the scripts next to it: --dry-run, --yes, errors, and what every way to run shares.
+# Sourced by the scripts next to it: --dry-run, --yes, errors and other shared functions.
 # shellcheck shell=bash disable=SC2034 # the sourcing scripts use the variables
 set -euo pipefail
 
@@ -7,11 +7,11 @@ DRY_RUN=false YES=false ARGS=()
 for argument in "$@"; do
     case $argument in
         --dry-run) DRY_RUN=true ;; # print every command, run none
-        --yes) YES=true ;;         # do delete
+        --yes) YES=true ;;         # really delete
         *) ARGS+=("$argument") ;;
     esac
 done
-exec 3>&1 # where dry runs print, from within $(...) too
+exec 3>&1 # dry runs print here, so that $(...) does not swallow it
 
 die() {
     printf 'error: %s\n' "$*" >&2
@@ -20,7 +20,7 @@ die() {
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "Bash $BASH_VERSION is too old; 5.1 or newer is needed"
 
-# need EXAMPLE NAME...: refuses with the names of all variables that are not set, and an example that sets all.
+# need EXAMPLE NAME...: refuse unless all variables are set, naming the missing ones with an example that sets all.
 need() {
     local example=$1 variable missing=()
     shift
@@ -28,11 +28,11 @@ need() {
     ((${#missing[@]} == 0)) || die "not set: ${missing[*]}. For example: $example"
 }
 
-# need_count NAME...: refuses values that are not whole numbers from 1.
+# need_count NAME...: refuse values that are not positive whole numbers.
 need_count() {
     local variable
     for variable; do
-        [[ ${!variable} =~ ^[1-9][0-9]*$ ]] || die "$variable=${!variable} is not a whole number from 1"
+        [[ ${!variable} =~ ^[1-9][0-9]*$ ]] || die "$variable=${!variable} is not a positive whole number"
     done
 }
 
@@ -40,19 +40,19 @@ need_settings() {
     (($# > 0)) || die "no settings for main.py. For example: $0 run --config=configs/flip_l16.py --workdir=DIR"
 }
 
-# confirm WHAT: deletes nothing without --yes.
+# confirm THING: refuse to delete without --yes.
 confirm() {
-    "$YES" || "$DRY_RUN" || die "delete removes $1; to do it, add --yes"
+    "$YES" || "$DRY_RUN" || die "delete removes $1; add --yes to confirm"
 }
 
-# Prints words such that a shell reads the same words.
+# Print words, quoted so that a shell reads the same words.
 quote() {
     local words
     printf -v words '%q ' "$@"
     printf '%s' "${words% }"
 }
 
-# Runs a command, or prints it in a dry run.
+# Run a command, or print it in a dry run.
 execute() {
     if "$DRY_RUN"; then
         printf '%s\n' "$(quote "$@")" >&3

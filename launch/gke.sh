@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TPU slices, one or several, as a JobSet on GKE: launch/gke.sh [--dry-run] run SETTINGS | logs | delete --yes
+# One or more TPU slices as a JobSet on GKE: launch/gke.sh [--dry-run] run SETTINGS | logs | delete --yes
 # Environment: NAME IMAGE ACCELERATOR TOPOLOGY, and optionally NFS SLICES CHIPS_PER_HOST; see docs/launch.md.
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
@@ -16,7 +16,7 @@ need_count SLICES CHIPS_PER_HOST
 
 run() {
     local chips=$((${TOPOLOGY//x/*})) manifest
-    ((chips % CHIPS_PER_HOST == 0)) || die "TOPOLOGY=$TOPOLOGY: $chips chips are not hosts of $CHIPS_PER_HOST chips each"
+    ((chips % CHIPS_PER_HOST == 0)) || die "TOPOLOGY=$TOPOLOGY: $chips chips do not divide into hosts of $CHIPS_PER_HOST chips"
     manifest=$(
         export NAME IMAGE ACCELERATOR TOPOLOGY NFS SLICES CHIPS_PER_HOST LIBTPU_INIT_ARGS="${TPU_XLA_FLAGS[*]}"
         HOSTS=$((chips / CHIPS_PER_HOST)) python3 "$here/jobset.py" "$@"
@@ -40,5 +40,5 @@ case $command in
         confirm "the JobSet $NAME, and its pods"
         execute kubectl delete jobset "$NAME"
         ;;
-    *) die "$0: ${command:-no command}: not run, logs or delete" ;;
+    *) die "$0: ${command:-no command}: expected run, logs or delete" ;;
 esac

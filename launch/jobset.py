@@ -1,7 +1,7 @@
-"""Prints the JobSet that gke.sh applies: variables are in the environment, arguments are main.py's.
+"""Print the JobSet that gke.sh applies. Settings come from the environment; the arguments are for main.py.
 
-A slice is a Job, a host is a pod. GKE gives the pods what JAX needs to find the others (TPU_WORKER_ID, MEGASCALE_*).
-Any pod that fails, and any preemption, restarts the whole set, which goes on from its newest checkpoint.
+A slice is a Job, a host is a pod. GKE sets the variables with which JAX finds the other hosts (TPU_WORKER_ID,
+MEGASCALE_*). A failed pod or a preemption restarts the whole set, which resumes from its newest checkpoint.
 """
 
 import json
@@ -37,7 +37,7 @@ jobset = {
     "kind": "JobSet",
     "metadata": {
         "name": env["NAME"],
-        # Each slice has a node pool of its own.
+        # Places each slice in its own node pool.
         "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
     },
     "spec": {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Several processes on this machine, to try what a cluster does: launch/local.sh [--dry-run] run SETTINGS
-# Environment: PROCESSES, and optionally PORT PYTHON. Every line of output starts with its process, and Ctrl-C ends all.
+# Several processes on this machine, to try a multi-process run: launch/local.sh [--dry-run] run SETTINGS
+# Environment: PROCESSES, and optionally PORT PYTHON. Each line of output starts with its process's number, and Ctrl-C ends all.
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
@@ -8,12 +8,12 @@ source "$here/common.sh"
 need "PROCESSES=2 $0 run --config=configs/flip_emoji.py --workdir=runs/two" PROCESSES
 PORT=${PORT:-12355}
 need_count PROCESSES PORT
-[[ ${ARGS[0]:-} == run ]] || die "$0: ${ARGS[0]:-no command}: not run"
+[[ ${ARGS[0]:-} == run ]] || die "$0: ${ARGS[0]:-no command}: expected run"
 need_settings "${ARGS[@]:1}"
 
 execute cd "$REPO"
 declare -A live=()
-# SIGTERM saves and ends; what one that failed leaves behind waits for it in a collective, where it sees no signal.
+# SIGTERM makes a process save and end. After a failure the others wait in a collective, where only SIGKILL ends them.
 trap 'kill -TERM "${!live[@]}" 2>/dev/null || true' INT TERM
 trap 'kill -KILL "${!live[@]}" 2>/dev/null || true' EXIT
 for ((i = 0; i < PROCESSES; i++)); do

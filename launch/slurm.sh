@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPUs under SLURM, a process each: launch/slurm.sh [--dry-run] run SETTINGS | logs | delete --yes
+# GPUs under SLURM, one process per GPU: launch/slurm.sh [--dry-run] run SETTINGS | logs | delete --yes
 # Environment: NAME NODES GPUS_PER_NODE TIME, and optionally PYTHON; sbatch reads SBATCH_ACCOUNT, SBATCH_PARTITION, ...
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
@@ -13,7 +13,7 @@ need_count NODES GPUS_PER_NODE
 log=$REPO/slurm-$NAME.log
 
 run() {
-    # After a preemption or a lost node SLURM queues the job again. Before its time is up it gets SIGTERM, which saves.
+    # SLURM queues the job again after a preemption or a lost node, and sends SIGTERM before its time is up, which saves.
     execute env PYTHON="${PYTHON:-python}" XLA_FLAGS="${GPU_XLA_FLAGS[*]}" sbatch --job-name="$NAME" \
         --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --gpus-per-node="$GPUS_PER_NODE" --time="$TIME" \
         --requeue --signal=TERM@300 --export=ALL --chdir="$REPO" --output="$log" --open-mode=append \
@@ -29,8 +29,8 @@ case $command in
         ;;
     logs) execute tail -n +1 -F "$log" ;;
     delete)
-        confirm "your jobs with the name $NAME from the queue"
+        confirm "your jobs named $NAME from the queue"
         execute scancel --me --name="$NAME"
         ;;
-    *) die "$0: ${command:-no command}: not run, logs or delete" ;;
+    *) die "$0: ${command:-no command}: expected run, logs or delete" ;;
 esac

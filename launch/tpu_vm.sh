@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Cloud TPU VMs, one slice or several:
+# Cloud TPU VMs, one or more slices:
 #   launch/tpu_vm.sh [--dry-run] create | install | run SETTINGS | logs | watch SETTINGS | delete --yes
 # Environment: NAME ZONE PROJECT ACCELERATOR RUNTIME, and optionally NFS TIER SLICES POLL_SECONDS; see docs/launch.md.
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -27,8 +27,8 @@ state() {
     if "$DRY_RUN"; then echo ACTIVE; fi
 }
 
-# Runs words on machines; gcloud takes one string, which a shell there reads.
-remote() { # remote WHERE... -- WORD...
+# remote WHERE... -- WORD...: run a command on machines. gcloud takes one string, which a shell on the machine reads.
+remote() {
     local where=()
     while [[ $1 != -- ]]; do
         where+=("$1")
@@ -43,11 +43,11 @@ create() {
     execute "${queue[@]}" create "$NAME" "${place[@]}" --accelerator-type="$ACCELERATOR" \
         --runtime-version="$RUNTIME" "${nodes[@]}" "${tier[@]}" || return
     while found=$(state) || found=unknown; [[ $found != ACTIVE ]]; do
-        [[ $found != FAILED && $found != SUSPENDED ]] || die "$NAME is $found; delete it and create it again"
-        echo "$NAME is $found; looking again in $POLL_SECONDS s"
+        [[ $found != FAILED && $found != SUSPENDED ]] || die "$NAME is $found; delete it, then create it again"
+        echo "$NAME is $found; checking again in $POLL_SECONDS s"
         sleep "$POLL_SECONDS"
     done
-    # Machines answer a little later than they are there.
+    # SSH answers a little after the state becomes ACTIVE.
     for _ in {1..10}; do
         remote "${all[@]}" -- true && return
         sleep "$POLL_SECONDS"
@@ -55,9 +55,9 @@ create() {
     return 1
 }
 
-# The last commit, and what it needs.
+# Send the last commit to every machine and install its dependencies.
 install() {
-    local archive=/tmp/flip_jax-$NAME.tar.gz
+    local archive=${TMPDIR:-/tmp}/flip_jax-$NAME.tar.gz
     execute git -C "$REPO" archive --format=tar.gz --output="$archive" HEAD &&
         execute "${queue[@]}" scp "$archive" "$NAME:flip_jax.tar.gz" "${place[@]}" "${all[@]}" &&
         remote "${all[@]}" -- tar --one-top-level=flip_jax -xzf flip_jax.tar.gz &&
@@ -80,7 +80,7 @@ restart() {
     delete && create && install && run "$@"
 }
 
-# Until the run ends. After a preemption everything is made anew, and the run goes on from its newest checkpoint.
+# Wait until the run ends. After a preemption, create everything again; the run resumes from its newest checkpoint.
 watch() {
     local found ended failed=0
     if "$DRY_RUN"; then
@@ -92,21 +92,22 @@ watch() {
     while true; do
         found=$(state) || found=unknown
         ended=none
-        [[ $found != ACTIVE ]] || ended=$(result | tail -n 1) || ended=unreachable
+        [[ $found != ACTIVE ]] || ended=$(result) || ended=unreachable
+        ended=${ended##*$'\n'} # gcloud may print lines of its own before the answer
         case $found/$ended in
             ACTIVE/0) echo "$NAME: the run has ended" && return ;;
             ACTIVE/running) failed=0 ;;
-            # Where one machine is preempted the others fail first, and the state follows: look twice.
+            # When one machine is preempted the run fails on the others before the state changes, so check twice.
             ACTIVE/gone | ACTIVE/[1-9]*)
-                ((++failed < 2)) || die "$NAME: the run ended ($ended) on machines that are there; see logs, then run"
+                ((++failed < 2)) || die "$NAME: the run ended ($ended) although the machines are up; see logs, then run"
                 ;;
             SUSPENDED/*)
-                echo "$NAME was preempted; making it anew"
-                restart "$@" || restart "$@" || die "$NAME could not be made anew"
+                echo "$NAME was preempted; creating it again"
+                restart "$@" || restart "$@" || die "$NAME could not be created again"
                 failed=0
                 ;;
-            FAILED/*) die "$NAME is FAILED; delete it and create it again" ;;
-            *) echo "$NAME is $found, its first machine $ended; looking again in $POLL_SECONDS s" ;;
+            FAILED/*) die "$NAME is FAILED; delete it, then create it again" ;;
+            *) echo "$NAME is $found, its first machine $ended; checking again in $POLL_SECONDS s" ;;
         esac
         sleep "$POLL_SECONDS"
     done
@@ -122,8 +123,8 @@ case $command in
         ;;
     logs) remote --node=0 --worker=0 -- tail -n +1 -F flip_jax/run.log ;;
     delete)
-        confirm "the TPU VMs of $NAME, and all on their disks"
+        confirm "the TPU VMs of $NAME and everything on their disks"
         delete
         ;;
-    *) die "$0: ${command:-no command}: not create, install, run, logs, watch or delete" ;;
+    *) die "$0: ${command:-no command}: expected create, install, run, logs, watch or delete" ;;
 esac

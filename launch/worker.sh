@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh does on every machine of a slice: install [SERVER:/PATH] | run LIBTPU_INIT_ARGS SETTINGS | result
+# Runs on every machine of a slice, called by tpu_vm.sh: install [SERVER:/PATH] | run LIBTPU_INIT_ARGS SETTINGS | result
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,7 +8,7 @@ running() {
 }
 
 case $1 in
-    install) # a Python of its own, as the machines' is older than the package needs, and the shared folder, if any
+    install) # a separate Python, because the system's is too old for the package, and the shared folder, if any
         python3 -m pip install --quiet --user uv
         python3 -m uv venv --quiet --allow-existing --python 3.12
         python3 -m uv pip install --quiet --editable ".[tpu,remote]"
@@ -18,11 +18,11 @@ case $1 in
             sudo mkdir -p /shared
             sudo mount -t nfs "$2" /shared
         fi
-        [[ -w /shared ]] || { echo "error: $USER may not write to /shared ($2)" >&2 && exit 1; }
+        [[ -w /shared ]] || { echo "error: $(id -un) cannot write to /shared ($2)" >&2 && exit 1; }
         ;;
-    run) # in the background, where it outlives the connection
+    run) # in the background, so that it outlives the connection
         if running; then
-            echo "error: a run is going on already (process $(<run.pid))" >&2
+            echo "error: a run is already in progress (process $(<run.pid))" >&2
             exit 1
         fi
         rm -f run.exit

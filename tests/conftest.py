@@ -16,7 +16,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST} {DE
 import jax
 import numpy as np
 import pytest
-from helpers import SHARED, run_steps
+from helpers import FIXTURES, run_steps
 from PIL import Image
 
 from flip_jax import config_check
@@ -30,11 +30,8 @@ SHAPES = ("square", "frame")
 
 @pytest.fixture
 def recorded():
-    """Folder of inputs, weights and outputs recorded from the official code; the test is skipped where it is absent."""
-    folder = SHARED / "reference" / "fixtures"
-    if not folder.is_dir():
-        pytest.skip("the recordings of the official code are not here")
-    return folder
+    """Folder of inputs, weights and outputs recorded from the official code."""
+    return FIXTURES / "official"
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from flip_jax.data import transforms
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
-from flip_jax.tools import embed
+from flip_jax.tools import embed, index
 
 REPO = pathlib.Path(__file__).parent.parent
 FIXTURES = REPO / "tests" / "fixtures"
@@ -184,50 +184,52 @@ def samples(count, start=0):
         yield from ((f"{i:05}.png", png(i)), (f"{i:05}.txt", f"picture {i}".encode()), (f"{i:05}.cls", b"%d" % (i % 7)))
 
 
+# Tolerances for values that two f32 programs sum in another order. Rounding is 6e-8, and the towers of these tests sum
+# at most 192 terms: at worst 192 x 6e-8 = 1e-5 of an embedding, whose entries are below 1, typically sqrt(192) x 6e-8
+# = 1e-6. A logit is 1 / 0.07 times a cosine, which makes 2e-5 of losses near 4. Parameters move by less.
+EMBEDDING = 1e-5  # absolute
+LOSS = 1e-5  # relative, of losses and of parameters after a few steps
+
 BATCH = 8
 WORDS = ("[PAD]", "[UNK]", "picture", "a", "red", *"0123456789", *(f"##{i}" for i in range(10)))
 
 
-def make_encoder(devices=1, seed=0):
+def make_encoder(devices=1, seed=0, words=WORDS, factor=1.0):
+    """A model with random weights, times a factor; without words it has no tokenizer, like a classifier."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
         graphdef, params = nnx.split(FLIP(MODEL, nnx.Rngs(seed)))
         params = jax.device_put(
             nnx.to_pure_dict(params), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         )
-        return Encoder(graphdef, params, Tokenizer({word: i for i, word in enumerate(WORDS)}), CONFIG)
+        params = jax.tree.map(lambda x: x * factor, params)
+        tokenizer = Tokenizer({word: i for i, word in enumerate(words)}) if words else None
+        return Encoder(graphdef, params, tokenizer, CONFIG)
 
 
 def write_embeddings(encoder, source, out, texts=False, processes=1, **changes):
-    """What the command does, for each of several processes in turn. Returns the index."""
+    """Write an index as the command does, for each of several processes in turn; return its index.json."""
     opened = embed.open_source(source, encoder.config.data, texts)
-    settings = {
+    identity = {
         "source": source,
         "items": len(opened),
         "embedded": "texts" if texts else "images",
-        "format": "parquet",
         "dtype": "float32",
         "embed_dim": 16,
         "rows_per_part": 10,
-        **embed.identity(encoder),
+        **index.identity(encoder),
         **changes,
     }
     for process in range(processes):
-        embedding = embed.Embedding(out, opened, settings, "a model", process)
+        embedding = embed.Embedding(out, opened, encoder.config.data, identity, "a model", process)
         embedding.run(encoder, range(process, embedding.units, processes), BATCH)
         assert embedding.finish() == (process == processes - 1)
     return embedding.index
 
 
 def embedded_rows(folder):
-    """All rows of an index, in order, embeddings included, read by pyarrow and NumPy alone."""
-    found = []
-    for path in sorted(folder.glob("part-*.parquet")):
-        table, beside = parquet.read_table(path).to_pylist(), path.with_suffix(".npy")
-        if beside.exists():
-            table = [row | {"embedding": e} for row, e in zip(table, np.load(beside), strict=True)]
-        found += table
-    return found
+    """Read all rows of an index, in order, with pyarrow alone."""
+    return [row for path in sorted(folder.glob("part-*.parquet")) for row in parquet.read_table(path).to_pylist()]
 
 
 def save(encoder, step):
@@ -248,7 +250,7 @@ def command(tool, **options):
         for value in ([values] if isinstance(values, str) else values)
     ]
     return subprocess.run(
-        [sys.executable, "-m", f"flip_jax.{tool}", *options],
+        [sys.executable, "-m", "flip_jax", tool, *options],
         cwd=REPO,
         env=environment(),
         capture_output=True,
@@ -287,6 +289,15 @@ class Known:
     def encode_text(self, texts):
         width = self.image_NxE.shape[1]
         return np.stack([self.texts.get(text, np.zeros(width)) for text in texts]).astype(np.float32)
+
+
+def recorded_parameters(name):
+    """Arrays recorded from the official code under its names: params, grads_step0 or params_after_step2."""
+    arrays = {}
+    for tower in ("image", "text"):
+        with np.load(FIXTURES / "official" / f"{name}_{tower}.npz") as file:
+            arrays |= file
+    return arrays
 
 
 def unit(x):

@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks, on figures worked out by hand."""
+"""The arithmetic of the benchmarks, checked against figures computed by hand."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import REPO
 
-from benchmarks import cpu_products, own_step, pages, step_time, tradeoff, turns
+from benchmarks import cpu_products, own_step, pages, scale, step_time, tradeoff, turns
 
 BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
 
@@ -16,15 +16,15 @@ BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
 @pytest.mark.parametrize(
     ("accuracy", "seconds"), [(10, 100), (15, 150), (20, 200), (27.5, 350), (30, 400), (30.1, None), (3, 100)]
 )
-def test_time_to_an_accuracy_is_read_off_straight_lines(accuracy, seconds):
+def test_time_to_an_accuracy_is_interpolated_linearly(accuracy, seconds):
     assert tradeoff.time_to(BASELINE[::-1], accuracy) == seconds
 
 
-def test_time_to_an_accuracy_is_that_of_its_first_crossing():
+def test_time_to_an_accuracy_is_its_first_crossing():
     assert tradeoff.time_to([(1.0, 0.0), (2.0, 8.0), (3.0, 4.0), (4.0, 9.0)], 6) == 1.75
 
 
-def test_speed_up_is_taken_at_the_end_of_the_baseline():
+def test_speed_up_is_measured_at_the_end_of_the_baseline():
     assert tradeoff.speed_up(BASELINE, [(60.0, 12.0), (120.0, 24.0), (240.0, 36.0)]) == pytest.approx(400 / 180)
     assert tradeoff.speed_up(BASELINE, [(60.0, 12.0), (120.0, 24.0)]) is None
     assert tradeoff.speed_up(BASELINE, []) is None
@@ -33,11 +33,11 @@ def test_speed_up_is_taken_at_the_end_of_the_baseline():
 def test_speed_ups_of_the_means_and_of_each_seed():
     baseline = [(100.0, {0: 1.0, 1: 3.0}), (200.0, {0: 4.0, 1: 8.0})]
     masked = [(40.0, {0: 0.0, 1: 4.0}), (80.0, {0: 8.0, 1: 6.0})]
-    # Means: 6 at 200 s; 2 at 40 s and 7 at 80 s, so 6 at 72 s. Seed 0: 4 at 60 s. Seed 1 never gets to 8.
+    # Means: 6 at 200 s; 2 at 40 s and 7 at 80 s, so 6 at 72 s. Seed 0: 4 at 60 s. Seed 1 never reaches 8.
     assert tradeoff.speed_ups(baseline, masked) == "2.78 (3.33, not reached)"
 
 
-def test_cheap_runs_come_first_those_of_the_ablations_last_and_finished_ones_not_again():
+def test_cheap_runs_come_first_shared_ones_last_and_finished_ones_never():
     done = [{"result": "mask 0", "samples": 12_800, "seed": 0}, {"result": "mask 0.5", "samples": 25_600, "seed": 0}]
     assert tradeoff.missing(done, "small", 1) == [
         ("mask 0", 6_400, 0),
@@ -51,7 +51,7 @@ def test_cheap_runs_come_first_those_of_the_ablations_last_and_finished_ones_not
     ]
 
 
-def test_page_keeps_what_was_written_by_hand(tmp_path):
+def test_pages_keep_what_was_written_by_hand(tmp_path):
     path = tmp_path / "page.md"
     pages.write(path, "# Title\n\nold\n")
     path.write_text(path.read_text() + "\n## By hand\n\nstays\n\n## Also\n\nthis\n")
@@ -84,7 +84,7 @@ TIMES = {
 }
 
 
-def test_rows_of_step_times_are_medians_of_rounds_and_of_their_ratios():
+def test_step_times_are_medians_of_rounds_and_of_their_ratios():
     rows = step_time.summarise(TIMES, ABOUT)
     assert [(row["framework"], row["mask"]) for row in rows] == [("flip_jax", 0), ("flip_jax", 0.5), ("open_clip", 0)]
     whole, half, peer = rows
@@ -97,7 +97,7 @@ def test_rows_of_step_times_are_medians_of_rounds_and_of_their_ratios():
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_processes_share_a_cpu_but_follow_each_other_on_an_accelerator(monkeypatch, together):
+def test_processes_share_a_cpu_but_run_in_sequence_on_an_accelerator(monkeypatch, together):
     calls = []
 
     class Worker:
@@ -125,7 +125,7 @@ def test_processes_share_a_cpu_but_follow_each_other_on_an_accelerator(monkeypat
     assert about["model"] == "vit_s16"
 
 
-def test_step_time_page_has_a_line_for_the_last_result_of_each_row(tmp_path):
+def test_step_time_page_shows_the_last_result_of_each_row(tmp_path):
     first = step_time.summarise(TIMES, ABOUT)
     again = [row | {"images_per_second": 99.0} for row in first[:1]]
     lines = step_time.newest(first + again)
@@ -140,8 +140,8 @@ def test_step_time_page_has_a_line_for_the_last_result_of_each_row(tmp_path):
     ]
 
 
-def test_largest_batch_follows_from_the_memory_of_two():
-    # 1 GB and 10 MB a row: 64 and 128 rows take 1.64 and 2.28 GB, 1,024 take 11.24 GB.
+def test_largest_batch_is_extrapolated_from_two():
+    # 1 GB and 10 MB per row: 64 and 128 rows take 1.64 and 2.28 GB, 1,024 take 11.24 GB.
     assert own_step.largest((1_640_000_000, 2_280_000_000), 11.24e9) == 1024
     assert own_step.largest((1_640_000_000, 2_280_000_000), 11.23e9) == 512
 
@@ -152,13 +152,13 @@ def test_measured_models_are_those_of_the_recipes(load_recipe):
         assert own_step.MODELS[name] == recipe
 
 
-def test_step_needs_neither_the_input_pipeline_nor_recipes():
+def test_the_step_imports_neither_the_input_pipeline_nor_recipes():
     blocked = ("grain", "ml_collections", "clu", "tensorflow_datasets", "tokenizers", "pyarrow", "simplejpeg")
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import benchmarks.own_step"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
-def test_programs_take_their_turns_in_processes_of_their_own():
+def test_programs_take_turns_in_separate_processes():
     code = """
 from benchmarks import turns
 def broken(times): raise RuntimeError("no memory")
@@ -174,7 +174,7 @@ turns.serve({"device": "here"}, {"good": lambda times: print("noise", times), "b
         turns.Worker([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_results_are_read_as_they_were_added(tmp_path):
+def test_results_are_read_as_they_were_appended(tmp_path):
     pages.append(tmp_path / "results.jsonl", [{"a": 1}])
     pages.append(tmp_path / "results.jsonl", [{"b": 2.5}])
     assert pages.read(tmp_path / "results.jsonl") == [{"a": 1}, {"b": 2.5}]
@@ -190,11 +190,41 @@ def test_results_are_read_as_they_were_added(tmp_path):
         (cpu_products.ATTENTION, 6 * 2 * 32 * 6 * 197 * 197 * 64),
     ],
 )
-def test_products_of_a_block_count_two_operations_for_each_product_of_numbers(name, flops):
+def test_products_of_a_block_count_two_operations_per_multiplication(name, flops):
     assert cpu_products.flops(name) == flops
 
 
-def test_products_are_those_of_the_model_that_step_time_trains_on_cpus():
+def test_products_have_the_sizes_of_the_cpu_model():
     image = own_step.MODELS["vit_s16"].image
     tokens = 1 + (image.image_size // image.patch_size) ** 2
     assert cpu_products.PER_HEAD == (32, image.heads, tokens, image.width // image.heads)
+
+
+def test_scale_page_is_continued_after_an_interruption(tmp_path):
+    path, asked = tmp_path / "docs" / "scale.md", []
+
+    def measure(recipe, topology, settings):
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.append((recipe, topology, settings["model.remat"], settings["mesh.fsdp"]))
+        gib = {"dots": 7, "names": 3, "full": 1}[settings["model.remat"]]
+        fits = settings["model.remat"] == "full"
+        memory = {"peak": gib * 2**30, "limit": 2**31, "spare": 1 - gib / 2}
+        result = {"devices": 8, "mask_ratio": 0.5, "memory": memory, "fits": fits, "compile_seconds": 1.0}
+        result["state_bytes"] = 2**30
+        bound = {"seconds": {}, "least_seconds": 0.1, "bound_by": "links", "most_mfu": 0.4, "collectives": []}
+        return result | (bound if fits else {})
+
+    with pytest.raises(KeyboardInterrupt):
+        scale.write_table(path, measure)
+    # "dots" needs 5 GiB too much; sharding the state of 1 GiB and its gradients can free only 2.
+    tried = (("dots", 1), ("names", 1), ("names", 8), ("full", 1))
+    assert asked == [("flip_l16", "v3:16x8", *step) for step in tried]
+    assert "| flip_l16 | v3-256 | 8 | 0.5 | remat full | yes | 1.0 | 2.00 | 100 | links | 40% |" in path.read_text()
+    path.write_text(path.read_text() + "\n## What follows\n\nstays\n")
+    asked = [None] * 5
+    scale.write_table(path, measure)
+    assert path.read_text().endswith(" |\n\n## What follows\n\nstays\n")
+    assert ("flip_l16", "v3:16x8", "dots", 1) not in asked and ("clip_b16", "v5e:16x16", "full", 1) in asked
+    rows = [line for line in path.read_text().splitlines() if line.startswith(("| flip_", "| clip_"))]
+    assert len(rows) == len(scale.ROWS) == 43

@@ -160,7 +160,8 @@ def prepared(request, tmp_path_factory):
             source = sources.open_source(f"{request.param}:{folder}/{number:05}.x", CONFIG.data)
             records = list(itertools.islice(sources.in_order(source, iter(range(1))), 100))
             assert len(records) < 100
-            found.append((records, pipeline._prepare(records, CONFIG, TOKENIZER), count, untouched))
+            samples = pipeline._prepare(records, CONFIG, pipeline._make_target(CONFIG, TOKENIZER))
+            found.append((records, samples, count, untouched))
         yield f"{request.param}:{folder}/*.x", found
 
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import recorded_parameters
 
 from flip_jax import losses, masking, optim, sharding, train_step
 from flip_jax.config import Config, ImageConfig, MeshConfig, ModelConfig, OptimConfig, TextConfig
@@ -28,6 +29,13 @@ CONFIG = Config(
     model=SETTINGS,
     optim=OptimConfig(base_learning_rate=0.032),
 )
+
+
+# Both sides are f32, which rounds to 6e-8, and sum in another order. The longest sums have 768 terms (a patch):
+# sqrt(768) x 6e-8 = 1.7e-6 of an embedding, and a few such follow each other.
+EMBEDDING = 1e-5  # of the largest entry
+LOSS = 5e-5  # absolute: a logit is 1 / 0.07 times a cosine of two embeddings, within 3e-6
+GRADIENT = 2e-5  # of the largest entry; the official code differs from itself, compiled and not, by 1.4e-6
 
 
 @pytest.fixture
@@ -60,16 +68,16 @@ def test_parameters_have_the_official_names_and_shapes(recorded, load_recipe, re
 
 def test_embeddings_and_loss_of_intact_pictures(recorded, program):
     inputs, outputs = arrays(recorded / "inputs.npz"), arrays(recorded / "eval_outputs.npz")
-    model = nnx.merge(program.graphdef, unflatten_dict(to_ours(arrays(recorded / "params.npz")), sep="/"))
+    model = nnx.merge(program.graphdef, unflatten_dict(to_ours(recorded_parameters("params")), sep="/"))
     image, text = model.encode_image(inputs["image"]), model.encode_text(inputs["txt"])
-    close(image, outputs["z_img"], 1e-5, "image")
-    close(text, outputs["z_txt"], 1e-5, "text")
-    np.testing.assert_allclose(losses.info_nce(image, text, model.scale()), outputs["loss"], atol=1e-6)
+    close(image, outputs["z_img"], EMBEDDING, "image")
+    close(text, outputs["z_txt"], EMBEDDING, "text")
+    np.testing.assert_allclose(losses.info_nce(image, text, model.scale()), outputs["loss"], atol=LOSS)
 
 
 def test_three_optimiser_steps(recorded, program, monkeypatch):
     inputs, steps = arrays(recorded / "inputs.npz"), arrays(recorded / "train_steps.npz")
-    params = jax.tree.map(jnp.asarray, unflatten_dict(to_ours(arrays(recorded / "params.npz")), sep="/"))
+    params = jax.tree.map(jnp.asarray, unflatten_dict(to_ours(recorded_parameters("params")), sep="/"))
     state = train_step.TrainState(jnp.int32(0), params, optim.make_optimizer(CONFIG).init(params))
     for step in range(3):
         keep = masking.smallest(jnp.asarray(steps[f"noise_step{step}"]), 8)
@@ -78,24 +86,26 @@ def test_three_optimiser_steps(recorded, program, monkeypatch):
         if step == 0:
             loss_and_grads = train_step.make_loss_and_grads(program.graphdef, 1)
             _, grads = loss_and_grads(state.params, inputs["image"], inputs["txt"], jax.random.key(0))
-            theirs = to_ours(arrays(recorded / "grads_step0.npz"))
+            theirs = to_ours(recorded_parameters("grads_step0"))
             for name, grad in flatten_dict(grads, sep="/").items():
                 if "key/bias" not in name:  # mathematically 0: rounding noise only
-                    close(grad, theirs[name], 1e-4, name)
+                    close(grad, theirs[name], GRADIENT, name)
         # A program of its own for each step: the recorded mask is a constant of the compiled step.
         program = train_step.make_program(CONFIG, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
         state, metrics = program.step(state, inputs["image"], inputs["txt"])
-        np.testing.assert_allclose(metrics["loss"], steps["loss"][step], atol=1e-6)
+        np.testing.assert_allclose(metrics["loss"], steps["loss"][step], atol=LOSS)
         np.testing.assert_allclose(metrics["learning_rate"], steps["learning_rate"][step], rtol=1e-6)
-    theirs = to_ours(arrays(recorded / "params_after_step2.npz"))
+    theirs = to_ours(recorded_parameters("params_after_step2"))
     for name, value in flatten_dict(state.params, sep="/").items():
         if "key/bias" not in name:
-            close(value, theirs[name], 1e-5, name)
+            # By the norm: Adam turns the rounding noise of single gradients near 0 into steps of full size.
+            difference = np.linalg.norm(value - theirs[name])
+            assert difference <= 1e-5 * np.linalg.norm(theirs[name]), name
 
 
 def test_logit_scale_is_clipped_and_its_gradient_halved_at_a_bound(recorded, program):
     inputs = arrays(recorded / "inputs.npz")
-    params = unflatten_dict(to_ours(arrays(recorded / "params.npz")), sep="/")
+    params = unflatten_dict(to_ours(recorded_parameters("params")), sep="/")
 
     def loss(logit_scale, **rest):
         model = nnx.merge(program.graphdef, params | {"logit_scale": logit_scale})
@@ -104,8 +114,10 @@ def test_logit_scale_is_clipped_and_its_gradient_halved_at_a_bound(recorded, pro
 
     for stored, official in json.loads((recorded / "logit_scale_clip.json").read_text()).items():
         value, grad = jax.value_and_grad(loss)(jnp.full((1,), float(stored)))
-        np.testing.assert_allclose(value, official["loss"], rtol=1e-6)
-        np.testing.assert_allclose(grad[0], official["grad_logit_scale"], rtol=1e-4, atol=1e-7)
+        # Both are sums of logits, which reach `scale` times cosines within 3e-6.
+        scale = np.exp(np.clip(float(stored), 0, np.log(100)))
+        np.testing.assert_allclose(value, official["loss"], rtol=0, atol=3e-6 * scale)
+        np.testing.assert_allclose(grad[0], official["grad_logit_scale"], rtol=0, atol=3e-6 * scale)
 
 
 def test_weight_decay_applies_to_the_official_names(recorded, program):

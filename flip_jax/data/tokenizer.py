@@ -1,4 +1,4 @@
-"""Strings to token ids: WordPiece as BERT's uncased tokenizer does it, and CLIP's byte pairs."""
+"""Strings to token ids: WordPiece as in BERT's uncased tokenizer, and CLIP's byte pairs."""
 
 import gzip
 import html
@@ -15,42 +15,44 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
+from flip_jax.runtime import UserError
+
 MAX_WORD_BYTES = 100  # of UTF-8; longer words are unknown
-MAX_VOCAB_CHARACTERS = 2**26  # of a file, however small it was packed
-CLIP_MERGES = 48_894  # of the 262,144 in CLIP's file; with twice 256 bytes and two special tokens they are 49,408
+MAX_VOCAB_CHARACTERS = 2**26  # of a file after unpacking
+CLIP_MERGES = 48_894  # used of the 262,144 in CLIP's file; with 2 x 256 bytes and two special tokens they make 49,408
 CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
 _CLIP_WORDS = rf"{'|'.join(CLIP_SPECIAL)}|'[sſt]|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 _CJK = "\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f"
 
 
 class Tokenizer:
-    """Strings to rows of word-piece ids, as tensorflow-text's BertTokenizer(lower_case=True) gives them.
+    """Turns strings into rows of word-piece ids, as tensorflow-text's BertTokenizer(lower_case=True) does.
 
-    Nothing in a caption is special, not even "[CLS]"; an empty one is all zeros. `vocab` is token -> id, with "[PAD]"
-    as 0, and "[UNK]".
+    Captions hold no special tokens: "[CLS]" is three words. An empty caption is all zeros. `vocab` is token -> id,
+    with "[PAD]" as 0, and with "[UNK]". UserError if it has neither.
     """
 
     def __init__(self, vocab: Mapping[str, int]):
         if vocab.get("[PAD]") != 0 or "[UNK]" not in vocab:
-            raise ValueError(f"[PAD] must be the first entry of a WordPiece vocabulary ({len(vocab)} here), [UNK] any")
+            raise UserError(f"[PAD] must be the first of its {len(vocab)} WordPiece tokens, and [UNK] another one")
         model = models.WordPiece(dict(vocab), unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_BYTES)
         self.vocab_size, self._unknown = max(vocab.values()) + 1, vocab["[UNK]"]
         self._library = tokenizers.Tokenizer(model)
-        # What is left of NFKC case folding, and then: no combining marks; control characters part words.
+        # Finishes NFKC case folding (see `_words`), removes combining marks, and makes control characters spaces.
         ignorable, mark, control = r"\p{Default_Ignorable_Code_Point}", r"\p{Mn}", r"[\p{Cc}\p{Cf}]"
         replacements = [normalizers.Replace(Regex(a), b) for a, b in ((ignorable, ""), (mark, ""), (control, " "))]
         self._library.normalizer = normalizers.Sequence([replacements[0], normalizers.NFD(), *replacements[1:]])
-        # Punctuation and ideographs are words of their own.
+        # Each punctuation mark and ideograph is a word.
         alone = Regex(rf"[!-/:-@\[-`{{-~\p{{P}}{_CJK}]")
         splits = [pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split(alone, "isolated")]
         self._library.pre_tokenizer = pre_tokenizers.Sequence(splits)
 
     @classmethod
     def from_vocab(cls, path: str | pathlib.Path) -> "Tokenizer":
-        """Reads a vocabulary file, UTF-8, perhaps gzipped; its first line tells the kind.
+        """Reads a vocabulary file in UTF-8, gzipped or not; its first line tells the kind.
 
-        WordPiece has one token a line; CLIP's byte pairs have "#version" in a header, then one merge a line. ValueError
-        if it is not there or is neither.
+        WordPiece has one token per line; CLIP's byte pairs have a header with "#version", then one merge per line.
+        UserError if the file is missing or is neither.
         """
         try:
             with open(path, "rb") as file:
@@ -58,28 +60,28 @@ class Tokenizer:
             with opener(path, "rt", encoding="utf-8") as file:
                 content = file.read(MAX_VOCAB_CHARACTERS + 1)
             if len(content) > MAX_VOCAB_CHARACTERS:
-                raise ValueError(f"more than {MAX_VOCAB_CHARACTERS} characters")
+                raise UserError(f"more than {MAX_VOCAB_CHARACTERS} characters")
             lines = content.removesuffix("\n").split("\n")
             if "#version" in lines[0]:
                 return ClipTokenizer([line.split() for line in lines[1 : 1 + CLIP_MERGES]])
             return cls({token: i for i, token in enumerate(lines)})
-        except (OSError, ValueError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"config.data.vocab {str(path)!r}: {error}. It names a WordPiece vocabulary with one token a line, or "
-                "CLIP's bpe_simple_vocab_16e6.txt.gz; if empty, one is trained on the captions"
+        except (UserError, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+            raise UserError(
+                f"config.data.vocab {str(path)!r}: {error}. It names a WordPiece vocabulary with one token per line, "
+                "or CLIP's bpe_simple_vocab_16e6.txt.gz; if empty, one is trained on the captions"
             ) from error
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns a vocabulary of at most `vocab_size` entries; the same captions always give the same one."""
+        """Learns a vocabulary of at most `vocab_size` tokens, always the same one from the same captions."""
         tokenizer = cls({"[PAD]": 0, "[UNK]": 1})
         words = [word for caption in captions for word in tokenizer._words(caption)]
-        # Half of the entries at most: a character may need two, as the first of a word and as a later one.
+        # Characters take at most half of the vocabulary: each may need two tokens, one for the start of a word.
         common = sorted(Counter("".join(words)).items(), key=lambda item: (-item[1], item[0]))
         first = {character for character, _ in common[: (vocab_size - 2) // 4]}
         later = {f"##{character}" for word in set(words) for character in word[1:] if character in first}
-        # The trainer numbers characters in the order of a hash table, which differs from run to run, and settles ties
-        # by number. Given as special tokens, they have fixed numbers.
+        # The trainer numbers characters in the order of a hash table, which differs between runs, and breaks ties by
+        # number. Special tokens have fixed numbers.
         special = ["[PAD]", "[UNK]", *sorted(first), *sorted(later)]
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size, special_tokens=special, limit_alphabet=0, show_progress=False
@@ -88,17 +90,17 @@ class Tokenizer:
         return cls(tokenizer._library.get_vocab())
 
     def to_json(self) -> dict[str, Any]:
-        """The content of the `tokenizers` library's own JSON file."""
+        """Returns the content of the `tokenizers` library's own JSON file."""
         return json.loads(self._library.to_str())
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Tokenizer":
-        """The tokenizer, of either kind, whose `to_json` this is."""
+        """Restores a tokenizer of either kind from its `to_json`."""
         model = content["model"]
         return ClipTokenizer(model["merges"]) if model["type"] == "BPE" else cls(model["vocab"])
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """Token ids, int32 [len(texts), length]: cut, or padded with 0."""
+        """Returns token ids, int32 [len(texts), length], truncated or padded with 0."""
         tokens = np.zeros((len(texts), length), np.int32)
         for row, text in zip(tokens, texts, strict=True):
             ids = self._ids(text, length)
@@ -108,7 +110,7 @@ class Tokenizer:
     def _ids(self, text, length):
         ids = []
         for word in self._words(text)[:length]:
-            # The library would measure in characters.
+            # The library would count characters, the official tokenizer counts bytes.
             too_long = len(word.encode()) > MAX_WORD_BYTES
             ids += [self._unknown] if too_long else [token.id for token in self._library.model.tokenize(word)]
         return ids[:length]
@@ -121,20 +123,20 @@ class Tokenizer:
 
 
 class ClipTokenizer(Tokenizer):
-    """Strings to rows of byte-pair ids, as open_clip's SimpleTokenizer gives them: start, text, end, zeros.
+    """Turns strings into rows of byte-pair ids, as open_clip's SimpleTokenizer does: start, text, end, zeros.
 
-    A text that is too long loses its last tokens, never the end; an empty one is start and end. `merges` are pairs of
-    tokens, the first the most frequent. ValueError if a part of a merge is neither a byte nor made by an earlier one.
+    A text that is too long loses its last tokens but keeps the end; an empty text is start and end. `merges` are pairs
+    of tokens, most frequent first. UserError if a part of a merge is neither a byte nor made by an earlier merge.
     """
 
     def __init__(self, merges: Sequence[Sequence[str]]):
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = range(0x100, 0x100 + 256 - len(printable))  # stand for the bytes that cannot be seen
+        others = range(0x100, 0x100 + 256 - len(printable))  # stand for unprintable bytes
         characters = [chr(code) for code in (*printable, *others)]
         vocab = {token: i for i, token in enumerate([*characters, *(f"{c}</w>" for c in characters)])}
         for number, merge in enumerate(merges, 1):
             if len(merge) != 2 or not vocab.keys() >= set(merge):
-                raise ValueError(f"merge {number}, {' '.join(merge)!r}, is not of two earlier tokens")
+                raise UserError(f"merge {number}, {' '.join(merge)!r}, does not join two earlier tokens")
             vocab["".join(merge)] = len(vocab)
         self._special = {token: len(vocab) + i for i, token in enumerate(CLIP_SPECIAL)}
         self.vocab_size = len(vocab) + len(CLIP_SPECIAL)

@@ -1,42 +1,46 @@
-"""Encoded pictures to uint8 RGB of the model's size."""
+"""Encoded images to uint8 RGB of the model's size."""
 
 import io
 import math
 import random
 import types
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 from flip_jax.config import DataConfig
+from flip_jax.data.records import BadRecord
 
-try:  # Pillow's resize but for rounding, in a quarter of the time; there are no wheels for Linux on ARM
+try:  # Pillow's resize up to rounding, in a quarter of the time; it has no wheels for Linux on ARM
     import cykooz_resizer
 except ImportError:
     cykooz_resizer = None
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # told by their content, whatever a file is called
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # recognised by content, not by file name
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-# Pillow would warn about large pictures and refuse larger ones. Here that is a setting, checked before decoding.
+# Pillow warns about large images and refuses larger ones. Here the limit is a setting, checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
 Window = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
-class BadImage(ValueError):
-    """A picture that cannot be used; the message is the kind under which it is counted."""
+class BadImage(BadRecord):
+    """An image that cannot be used; the message is the kind under which it is counted."""
 
 
 def generator(seed: int, epoch: int, key: str) -> random.Random:
-    """The random numbers of one record in one epoch, the same in every process. Half the time of NumPy's generators."""
+    """Seeds the random numbers of one record in one epoch. Python's generators take half the time of NumPy's."""
     return random.Random(f"{seed}/{epoch}/{key}")
 
 
 def train_window(height: int, width: int, size: int, settings: DataConfig, rng: random.Random) -> Window:
-    """A random window: area uniform in `crop_area` of the picture, aspect log-uniform in `crop_aspect`, any place.
+    """Draws a window: area uniform in `crop_area` of the image, aspect log-uniform in `crop_aspect`, any position.
 
-    The first of ten draws that fits, else the centre square of size / (size + 32) of the shorter side (official FLIP).
+    Takes the first of ten draws that fits, or else the centre square of size / (size + 32) of the shorter side, as
+    the official code does.
     """
     low, high = (math.log(aspect) for aspect in settings.crop_aspect)
     for _ in range(10):
@@ -49,52 +53,61 @@ def train_window(height: int, width: int, size: int, settings: DataConfig, rng: 
 
 
 def centre_window(height: int, width: int, side: int) -> Window:
-    """The square of `side` pixels in the middle; of an odd margin, left and top get the larger part."""
+    """Centres a square of `side` pixels; an odd margin is larger at the left and top."""
     return (width - side + 1) // 2, (height - side + 1) // 2, side, side
 
 
 def decode(data: bytes, size: int, settings: DataConfig, rng: random.Random | None = None) -> np.ndarray:
-    """A picture, cropped and resized as `settings.resize` says: uint8 [size, size, 3].
+    """Decodes an image, crops and resizes it as `settings.resize` says: uint8 [size, size, 3].
 
-    The window, and whether it is flipped, are drawn from `rng`; without one it is the centre square. Of an animation
-    it is the first frame. BadImage if the picture does not decode, or has more than `settings.max_image_pixels`.
+    The window and the flip are drawn from `rng`; without one the window is the centre square. An animation gives its
+    first frame. BadImage if the image does not decode or has more than `settings.max_image_pixels`.
+    """
+    image = _run_decoder(Image.open, io.BytesIO(data), formats=FORMATS)  # reads only the header
+    if image.width * image.height > settings.max_image_pixels:
+        raise BadImage("too many pixels")
+    orientation = _orientation(image)
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    if rng:
+        window = train_window(height, width, size, settings, rng)
+    else:
+        window = centre_window(height, width, min(height, width))
+    scale = 1
+    if settings.resize == "antialias" and rng:
+        # A JPEG decodes faster at a half, quarter or eighth; the window keeps at least twice the pixels it needs.
+        scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(window[2:]) >= 2 * s * size)
+    pixels, scale = _pixels(image, data, scale, settings)
+    pixels = _upright(pixels, orientation)
+    if pixels.shape != (math.ceil(height / scale), math.ceil(width / scale), 3):
+        raise BadImage("image does not decode")  # its header gives one size and its body another
+    pixels = _resize(pixels, [x / scale for x in window], size, settings, train=bool(rng))
+    return _mirrored(pixels) if rng and settings.flip and rng.random() < 0.5 else pixels
+
+
+def _run_decoder(call: Callable[..., Any], *arguments, **keywords):
+    """Calls a decoder on data that may be damaged: decoders raise almost any exception, which all become BadImage.
+
+    Only the library's call is inside the `try`, so that an error in this file is never counted as a bad image.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads no more than the header
-        if image.width * image.height > settings.max_image_pixels:
-            raise BadImage("too many pixels")
-        orientation = _orientation(image)
-        width, height = image.size if orientation < 5 else image.size[::-1]
-        if rng:
-            window = train_window(height, width, size, settings, rng)
-        else:
-            window = centre_window(height, width, min(height, width))
-        scale = 1
-        if settings.resize == "antialias" and rng:
-            # A JPEG decodes to a half, quarter or eighth for less; the window keeps twice the pixels that are needed.
-            scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(window[2:]) >= 2 * s * size)
-        pixels, scale = _pixels(image, data, scale, settings)
-        pixels = _resize(_upright(pixels, orientation), [x / scale for x in window], size, settings, train=bool(rng))
-        return _mirrored(pixels) if rng and settings.flip and rng.random() < 0.5 else pixels
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's decoders raise all sorts of things for damaged files
+        return call(*arguments, **keywords)
+    except Exception as error:
         raise BadImage("image does not decode") from error
 
 
 def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarray:
-    """The centre square of a picture in any mode, as `decode` gives it without a generator."""
+    """Crops and resizes an image of any mode to its centre square, as `decode` does without a generator."""
     window = centre_window(image.height, image.width, min(image.size))
     return _resize(np.asarray(_to_rgb(image)), window, size, settings, train=False)
 
 
 def upright_rgb(image: Image.Image) -> np.ndarray:
-    """A whole picture as it is to be seen, uint8 [height, width, 3]: in RGB, on white, turned as EXIF says."""
+    """Converts a whole image to uint8 RGB [height, width, 3], on white and turned as EXIF says."""
     return _upright(np.asarray(_to_rgb(image)), _orientation(image))
 
 
 def _mirrored(pixels):
-    """Left and right exchanged. A channel at a time takes NumPy a quarter of the time that whole pixels take it."""
+    """Swaps left and right. One channel at a time takes NumPy a quarter of the time of whole pixels."""
     mirrored = np.empty_like(pixels)
     for channel in range(3):
         mirrored[..., channel] = pixels[:, ::-1, channel]
@@ -102,43 +115,44 @@ def _mirrored(pixels):
 
 
 def _orientation(image):
-    """1 to 8, the EXIF orientation; upright if there is none that can be read."""
+    """Reads the EXIF orientation, 1 to 8; 1, which is upright, if it is missing or damaged."""
     try:
         orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
-    except Exception:  # as many kinds as there are ways to damage it
+    except Exception:  # damaged EXIF data makes Pillow raise almost any exception
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _pixels(image, data, scale, settings):
-    """RGB [height, width, 3] of an opened picture, and the scale: if not JPEG it is 1."""
+    """Decodes an opened image to RGB [height, width, 3]. Returns that and its scale, which is 1 unless it is a JPEG."""
     if image.format not in ("JPEG", "MPO"):
         return np.asarray(_to_rgb(image)), 1
     if image.mode != "CMYK":
         width, height = (math.ceil(n / scale) for n in image.size)
-        fast = settings.resize == "official"  # the official code's choice, a grey level from the exact transform
+        fast = settings.resize == "official"  # the official code's choice; within one grey level of the exact transform
         try:
             return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, fastdct=fast), scale
         except ValueError:
-            pass  # libjpeg has a complaint; Pillow forgives those that do no harm
-    image.draft(None, (image.width // scale, image.height // scale))
+            pass  # libjpeg refuses even harmless damage; Pillow tolerates it
+    _run_decoder(image.draft, None, (image.width // scale, image.height // scale))
     return np.asarray(_to_rgb(image)), scale
 
 
 def _to_rgb(image):
-    """RGB of any mode: transparency on white, the upper 8 bits of 16-bit grey."""
+    """Converts any mode to RGB: transparency on white, the upper 8 bits of 16-bit grey."""
+    _run_decoder(image.load)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    image = image.convert("RGBA")
+        return image if image.mode == "RGB" else _run_decoder(image.convert, "RGB")
+    image = _run_decoder(image.convert, "RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, (0, 0), image)
     return white
 
 
 def _upright(pixels, orientation):
-    """The picture as it is to be seen, from how EXIF says that it is stored."""
+    """Turns stored pixels upright, from how EXIF says that they are stored."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -147,7 +161,7 @@ def _upright(pixels, orientation):
 
 
 def _resize(pixels, window, size, settings, train):
-    """A window, whose numbers may have fractions, to uint8 [size, size, 3]; nothing beyond it has an influence."""
+    """Resizes a window, which may start and end between pixels, to uint8 [size, size, 3]; ignores all beyond it."""
     left, top, width, height = window
     x, y = int(left), int(top)
     pixels = pixels[y : math.ceil(top + height), x : math.ceil(left + width)]
@@ -155,11 +169,11 @@ def _resize(pixels, window, size, settings, train):
     if official and not (train and cykooz_resizer):
         return _resize_official(pixels, size, train)
     left, top = left - x, top - y
-    if not (train and cykooz_resizer):  # evaluation takes the very pixels that other tools take
+    if not (train and cykooz_resizer):  # evaluation uses the exact pixels that other tools use
         box = (left, top, left + width, top + height)
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
     kind, algorithms = cykooz_resizer.PixelType.U8x3, cykooz_resizer.Algorithm
-    algorithm = types.SimpleNamespace(  # the library's own class has no way to ask for an interpolation
+    algorithm = types.SimpleNamespace(  # the library's own class cannot ask for an interpolation
         algorithm=algorithms.interpolation if official else algorithms.convolution,
         filter_type=cykooz_resizer.FilterType.catmull_rom,
         multiplicity=None,
@@ -173,8 +187,8 @@ def _resize(pixels, window, size, settings, train):
 
 
 def _resize_official(pixels, size, train):
-    """The official code's bicubics, which do not antialias: one for training, TensorFlow's oldest for evaluation."""
-    for _ in range(2):  # to `size` rows; those are the columns of the next pass
+    """Resizes as the official code does, bicubic without antialiasing; TensorFlow's oldest kernel in evaluation."""
+    for _ in range(2):  # rows first; the swap makes columns the rows of the second pass
         index, weights = _taps(len(pixels), size, train)
         rows = pixels.reshape(len(pixels), -1)
         rows = sum(rows[i] * w[:, None] for i, w in zip(index.T, weights.T, strict=True))
@@ -183,11 +197,11 @@ def _resize_official(pixels, size, train):
 
 
 def _taps(length, size, train):
-    """Along one axis, the four pixels that make each of `size` pixels, and their weights: two arrays [size, 4]."""
+    """Finds the four source pixels of each of `size` pixels along one axis, and their weights: two arrays [size, 4]."""
     scale, a = length / size, -0.5 if train else -0.75
     place = (np.arange(size) + 0.5) * scale - 0.5 if train else np.arange(size) * scale
     first = np.floor(place)
-    fraction = np.rint((place - first) * 1024) / 1024  # the official code looks its weights up in a table
+    fraction = np.rint((place - first) * 1024) / 1024  # the official code has a table of 1024 weights
     steps = np.arange(-1, 3)
     index, d = first[:, None].astype(int) + steps, np.abs(fraction[:, None] - steps)
     weights = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, a * (((d - 5) * d + 8) * d - 4))

@@ -1,79 +1,85 @@
-"""Evaluators: one file each, and its name in `EVALUATORS`.
+"""Evaluators: one file each, imported by name when a task asks for it.
 
-A task is EVALUATOR/DATASET. An evaluator's `run(encoder, dataset, config)` yields (metric, value), first the one that
-its mean over a suite is taken of; its `check(dataset, config)` raises ValueError for a data set that it cannot use.
-Both get a `datasets.Dataset`; settings are `config`'s, not those that the model was trained with.
+A task is EVALUATOR/DATASET. An evaluator's file has `run(encoder, dataset, config)`, which yields (metric, value) with
+the headline first, and `NEEDS`, its requirements from `needs`. It gets a `datasets.Dataset`, and the settings of the
+evaluation, which may differ from those that the model was trained with.
 """
 
 import difflib
+import importlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flip_jax.config import Config
-from flip_jax.evaluators import classify, datasets, few_shot, linear_probe, retrieval, zeroshot
-from flip_jax.inference import Encoder
+from flip_jax.runtime import UserError
+
+if TYPE_CHECKING:
+    from flip_jax.evaluators.datasets import Dataset
+    from flip_jax.inference import Encoder
 
 EVALUATORS = {
-    "zeroshot": zeroshot,
-    "retrieval": retrieval,
-    "linear_probe": linear_probe,
-    "few_shot": few_shot,
-    "classify": classify,
+    "zeroshot": "flip_jax.evaluators.zeroshot",
+    "retrieval": "flip_jax.evaluators.retrieval",
+    "linear_probe": "flip_jax.evaluators.linear_probe",
+    "few_shot": "flip_jax.evaluators.few_shot",
+    "classify": "flip_jax.evaluators.classify",
 }
 
 
 def tasks(config: Config) -> list[str]:
-    """config.eval.tasks, with entries of the form "EVALUATOR/DATASET,EVALUATOR/DATASET" taken apart."""
-    comma = rf",(?=(?:{'|'.join(EVALUATORS)})/)"  # and not one in the pattern of a source
+    """Returns config.eval.tasks, with entries "EVALUATOR/DATASET,EVALUATOR/DATASET" split into tasks."""
+    comma = rf",(?=(?:{'|'.join(EVALUATORS)})/)"  # the pattern of a source may have commas of its own
     return [task for entry in config.eval.tasks for task in re.split(comma, entry)]
 
 
-def find(task: str, config: Config) -> tuple[Any, datasets.Dataset]:
-    """The evaluator and the data set of a task.
+def find(task: str, config: Config) -> tuple[Any, "Dataset"]:
+    """Returns the module of the evaluator and the data set of a task.
 
     Raises:
-      datasets.Unknown: there is no such evaluator or data set.
-      ValueError: the data set is not there, or they do not fit together.
+      known.Unknown: no evaluator or data set has this name.
+      UserError: the data are missing, or the evaluator, the data set and the model do not fit together.
     """
-    name, slash, text = task.partition("/")
-    if name not in EVALUATORS or not slash or not text:
+    from flip_jax.evaluators import datasets, known  # not needed by training without tasks
+
+    name, _, text = task.partition("/")
+    if name not in EVALUATORS or not text:
         nearest = difflib.get_close_matches(name, EVALUATORS, n=len(EVALUATORS), cutoff=0)
-        raise datasets.Unknown(f"{task!r} must be EVALUATOR/DATASET with EVALUATOR one of {', '.join(nearest)}")
+        raise known.Unknown(f"{task!r} must be EVALUATOR/DATASET with EVALUATOR one of {', '.join(nearest)}")
+    evaluator = importlib.import_module(EVALUATORS[name])
     try:
         dataset = datasets.find(text, config)
-        if config.finetune.classes and name in ("zeroshot", "retrieval"):
-            raise ValueError("a fine-tuned classifier reads no text; use classify, linear_probe or few_shot")
-        EVALUATORS[name].check(dataset, config)
-    except ValueError as error:
+        for need in evaluator.NEEDS:
+            need(dataset, config)
+    except UserError as error:
         raise type(error)(f"{task}: {error}") from error
-    return EVALUATORS[name], dataset
+    return evaluator, dataset
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a task that cannot be done, before time is spent on training."""
+    """Raises UserError for a task that cannot run, before time is spent on training."""
     for task in tasks(config) if config.eval.every_steps else ():
         find(task, config)
 
 
-def evaluate(encoder: Encoder, task: str, config: Config) -> dict[str, float]:
-    """{metric: value} of one task, the headline first."""
+def evaluate(encoder: "Encoder", task: str, config: Config) -> dict[str, float]:
+    """Returns {metric: value} of one task, the headline first."""
     evaluator, dataset = find(task, config)
     return dict(evaluator.run(encoder, dataset, config))
 
 
 def means(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """{"EVALUATOR/mean": the mean of the headlines of its tasks}, of {task: {metric: value}}."""
+    """Turns {task: {metric: value}} into {"EVALUATOR/mean": the mean of its tasks' headlines}."""
     headlines: dict[str, list[float]] = {}
     for task, metrics in results.items():
         headlines.setdefault(task.partition("/")[0], []).append(next(iter(metrics.values())))
     return {f"{name}/mean": float(np.mean(values)) for name, values in headlines.items()}
 
 
-def run(encoder: Encoder, config: Config) -> Iterator[tuple[str, float]]:
-    """("TASK/METRIC", value) of all of config.eval.tasks, and the mean of each evaluator."""
+def run(encoder: "Encoder", config: Config) -> Iterator[tuple[str, float]]:
+    """Yields ("TASK/METRIC", value) for all of config.eval.tasks, then the mean of each evaluator."""
     results = {task: evaluate(encoder, task, config) for task in tasks(config)}
     for task, metrics in results.items():
         yield from ((f"{task}/{metric}", value) for metric, value in metrics.items())

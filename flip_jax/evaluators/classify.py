@@ -1,4 +1,4 @@
-"""Accuracy of a fine-tuned classifier. Labels are the source's own, as in its training."""
+"""Accuracy of a fine-tuned classifier. Labels are the source's own, as in training."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,32 +9,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flip_jax import sharding
 from flip_jax.config import Config
-from flip_jax.evaluators import datasets, zeroshot
+from flip_jax.evaluators import datasets, needs, zeroshot
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
+from flip_jax.runtime import UserError, say
 
-
-def check(dataset: Dataset, config: Config) -> None:
-    """Raises ValueError where the model is no classifier, or there is nothing to classify."""
-    if not config.finetune.classes:
-        raise ValueError("the model is no classifier (config.finetune.classes is 0); use zeroshot or linear_probe")
-    if dataset.metric == datasets.CAPTIONS:
-        raise ValueError(f"{dataset.name} has captions and no classes")
+NEEDS = (needs.classifier, needs.labels)
 
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
-    """The accuracies over all pictures of the test split; the set's metric first."""
-    classes, hits = config.finetune.classes, 0
+    """Yields the accuracies over the whole test split, the data set's own metric first."""
+    classes = config.finetune.classes
+    hits = np.zeros((3, classes), np.int64)
     count = jax.jit(zeroshot.count_scores, out_shardings=NamedSharding(encoder.mesh, PartitionSpec()))
+    # Without class names the labels stay as the source numbers them.
     for batch in datasets.labelled(dataclasses.replace(dataset, classes=()), config):
         if (largest := batch["label"].max()) >= classes:
-            raise ValueError(f"{dataset.test!r} has label {largest}, the model {classes} classes")
+            raise UserError(f"{dataset.test!r} has label {largest}, but the model has only {classes} classes")
         label, real = sharding.to_devices(encoder.mesh, batch["label"], batch["mask"])
-        hits = hits + jax.device_get(count(encoder.encode_image(batch["image"]), label, real)).astype(np.int64)
-    if not np.sum(hits):
-        raise ValueError(f"{dataset.name}: none of the pictures of {dataset.test!r} can be used")
-    values = zeroshot.accuracies(hits)
-    if jax.process_index() == 0:
-        print(f"{dataset.name}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %", flush=True)
-    yield dataset.metric, values.pop(dataset.metric)
+        hits += jax.device_get(count(encoder.encode_image(batch["image"]), label, real))
+    if not hits[2].sum():
+        raise UserError(f"{dataset.name}: none of the images of {dataset.test!r} can be used")
+    values = zeroshot.accuracies(hits, dataset.metric)
+    say(f"{dataset.name}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %")
     yield from values.items()

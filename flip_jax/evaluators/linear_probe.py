@@ -1,7 +1,7 @@
-"""Linear probe: logistic regression on frozen image features, as CLIP evaluates them (arXiv 2103.00020, appendix A.3).
+"""Linear probe: logistic regression on frozen image features, as in CLIP (arXiv 2103.00020, appendix A.3).
 
-The features are the pooled output of the image tower, not normalised. The strength of the L2 penalty is the one that
-does best on a fifth of the training pictures; the classifier is then fitted to all of them.
+The features are the pooled output of the image tower, not normalised. The L2 penalty is chosen on a held-out fifth of
+the training images; the classifier is then fitted to all of them.
 """
 
 import functools
@@ -17,78 +17,77 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flip_jax import sharding
 from flip_jax.config import Config
-from flip_jax.data import sources
-from flip_jax.evaluators import datasets, zeroshot
+from flip_jax.evaluators import datasets, needs, zeroshot
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
+from flip_jax.runtime import UserError, say
+
+NEEDS = (needs.labels, needs.train_split)
 
 ITERATIONS = 1000  # of L-BFGS at most
-EXPONENTS = (-6.0, 6.0)  # of 10, within which the penalty is looked for
-HELD_OUT = 5  # one picture of so many chooses the penalty
-BLOCK = 8192  # rows of a device whose scores are held at once
+EXPONENTS = (-6.0, 6.0)  # range of log10(penalty) that is searched
+HELD_OUT = 5  # one image in five is held out to choose the penalty
+BLOCK = 8192  # rows per device whose scores are held in memory at once
 
 
 class Rows(NamedTuple):
-    """Features, labels, and 1.0 where a row counts, split over the devices; filled up with rows that do not."""
+    """Features, labels, and 1.0 for real rows or 0.0 for padding, split over the devices."""
 
     x_NxD: jax.Array
     label_N: jax.Array
     real_N: jax.Array
 
 
-def check(dataset: Dataset, config: Config) -> None:
-    """Raises ValueError where there are no labels to be learnt, or no pictures to learn them from."""
-    if dataset.metric == datasets.CAPTIONS:
-        raise ValueError(f"{dataset.name} has captions and no classes; it is for retrieval/{dataset.name}")
-    if not dataset.train:
-        raise ValueError(f"{dataset.name} has no train split: add ';train=SOURCE' to the task")
-    sources.open_source(dataset.train, config.data)
-
-
 def features(encoder: Encoder, dataset: Dataset, config: Config, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features f32 [N, width] and labels [N] of the usable pictures of a split, in its order, in every process."""
+    """Returns features f32 [N, width] and labels [N] of the usable images of a split, in order, in every process."""
     processes = jax.process_count()
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(encoder.mesh, PartitionSpec()))
-    features, labels = [], []
+    features: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     for batch in datasets.labelled(dataset, config, split):
         (label,) = sharding.to_devices(encoder.mesh, np.where(batch["mask"], batch["label"], -1))
         for rows, all_rows in ((features, encoder.features(batch["image"])), (labels, np.asarray(whole(label)))):
-            # Records were dealt out to the processes in turn.
+            # Processes read every n-th record, so this interleaving restores the order.
             rows.append(all_rows.reshape(processes, -1, *all_rows.shape[1:]).swapaxes(0, 1).reshape(all_rows.shape))
     x_NxD, label_N = np.concatenate(features), np.concatenate(labels)
     if not (label_N >= 0).any():
-        raise ValueError(f"{dataset.name}: none of the pictures of {getattr(dataset, split)!r} can be used")
+        raise UserError(f"{dataset.name}: none of the images of {getattr(dataset, split)!r} can be used")
     return x_NxD[label_N >= 0], label_N[label_N >= 0]
 
 
 def both_splits(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[tuple, tuple, int]:
-    """The `features` of the training and of the test split, and the number of classes."""
+    """Returns the `features` of the training split and of the test split, and the number of classes."""
     train, test = (features(encoder, dataset, config, split) for split in ("train", "test"))
     if len(np.unique(train[1])) < 2:
-        raise ValueError(f"{dataset.name}: all {len(train[1])} pictures of {dataset.train!r} are of one class")
+        raise UserError(f"{dataset.name}: all {len(train[1])} images of {dataset.train!r} are of one class")
     return train, test, len(dataset.classes) or max(train[1].max(), test[1].max()) + 1
 
 
 def place(mesh: Mesh, x_NxD: np.ndarray, label_N: np.ndarray) -> Rows:
-    """Rows that every process holds, on the devices."""
+    """Splits rows that every process holds over the devices."""
     padding = -len(x_NxD) % (sharding.batch_shards(mesh) * _blocks(mesh, len(x_NxD)))
-    padded = (np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (x_NxD, label_N, np.ones(len(x_NxD), "f")))
     split = sharding.batch_sharding(mesh)
-    return Rows(*(jax.make_array_from_callback(x.shape, split, lambda index, x=x: x[index]) for x in padded))
+
+    def padded(x: np.ndarray) -> jax.Array:
+        x = np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+
+    return Rows(padded(x_NxD), padded(label_N), padded(np.ones(len(x_NxD), np.float32)))
 
 
 def _blocks(mesh: Mesh, rows: int) -> int:
+    """Returns into how many blocks the rows of a device are split."""
     return -(-rows // (BLOCK * sharding.batch_shards(mesh)))
 
 
 def scores(weight_ExC: jax.Array, x_NxD: jax.Array) -> jax.Array:
-    """The scores [N, C] of features by weights, of which the last row is the intercept."""
+    """Returns the scores [N, C] of features; the last row of the weights is the intercept."""
     return jnp.matmul(x_NxD, weight_ExC[:-1], precision="highest") + weight_ExC[-1:]
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
 def _value_and_grad(weight_ExC, rows, penalty, blocks):
-    """The mean cross-entropy plus penalty / 2 |weights|^2 / rows, and its gradient; the intercept is not penalised."""
+    """Computes mean cross-entropy + penalty / 2 |weights|^2 / rows and its gradient; the intercept is not penalised."""
 
     def entropy(weight_ExC, part):
         each = optax.softmax_cross_entropy_with_integer_labels(scores(weight_ExC, part.x_NxD), part.label_N)
@@ -111,19 +110,19 @@ def _hits(weight_ExC, rows, blocks):
 
 
 def loss(weight_ExC: np.ndarray, rows: Rows, mesh: Mesh, penalty: float = 0.0) -> tuple[float, np.ndarray]:
-    """What the fit makes least, inside `jax.set_mesh(mesh)`, and its gradient."""
+    """Returns the objective that the fit minimises and its gradient. Call it inside `jax.set_mesh(mesh)`."""
     value, grad = _value_and_grad(weight_ExC, rows, np.float32(penalty), _blocks(mesh, len(rows.x_NxD)))
     return float(value), np.asarray(grad)
 
 
 def count(weight_ExC: np.ndarray, rows: Rows, mesh: Mesh) -> np.ndarray:
-    """`zeroshot.count_scores` of the rows that count, by these weights, inside `jax.set_mesh(mesh)`."""
+    """Applies `zeroshot.count_scores` to the real rows. Call it inside `jax.set_mesh(mesh)`."""
     return np.asarray(_hits(weight_ExC, rows, _blocks(mesh, len(rows.x_NxD))))
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
 def _moments(rows, blocks):
-    """Mean [D] and covariance [D, D] of the rows that count, and their number."""
+    """Computes the mean [D] and covariance [D, D] of the real rows, and their number."""
     count = jnp.sum(rows.real_N)
     mean_D = jnp.matmul(rows.real_N, rows.x_NxD, precision="highest") / count
 
@@ -136,17 +135,17 @@ def _moments(rows, blocks):
 
 
 def make_fit(rows: Rows, classes: int, mesh: Mesh) -> Callable[[float], np.ndarray]:
-    """A function: a penalty, scikit-learn's 1 / C, to the weights f32 [width + 1, classes] of least cross-entropy.
+    """Returns a function from a penalty (scikit-learn's 1 / C) to the fitted weights f32 [width + 1, classes].
 
-    It walks in coordinates in which all directions are about as curved. In them features are centred, uncorrelated, and
-    scaled by what curves the objective where all classes are as likely: their variance / classes, and the penalty. The
-    first two do not depend on the penalty, and are found once.
+    L-BFGS converges fastest where all directions are equally curved. So it works in coordinates in which the features
+    are centred, uncorrelated and scaled by the curvature of the objective for equally likely classes, which is
+    variance / classes + penalty / rows. The mean and the axes do not depend on the penalty and are computed once.
     """
     shape = rows.x_NxD.shape[1] + 1, classes
     moments = _moments(rows, _blocks(mesh, len(rows.x_NxD)))
     mean_D, covariance_DxD, count = (np.asarray(x, np.float64) for x in moments)
     variance_D, axis_DxD = np.linalg.eigh(covariance_DxD)
-    variance_D = np.maximum(variance_D, 1e-7 * variance_D[-1])  # below it f32 knows none
+    variance_D = np.maximum(variance_D, 1e-7 * variance_D[-1])  # smaller ones are rounding errors of f32
 
     def fit(penalty):
         scaled_DxD = axis_DxD / np.sqrt(variance_D + penalty * classes / count)
@@ -156,7 +155,7 @@ def make_fit(rows: Rows, classes: int, mesh: Mesh) -> Callable[[float], np.ndarr
             value, grad = loss((to_weights_ExE @ flat.reshape(shape)).astype(np.float32), rows, mesh, penalty)
             return value, (to_weights_ExE.T @ grad).ravel()
 
-        # Of f32 arithmetic, a smaller relative change of the value means nothing.
+        # The value is computed in f32, so smaller relative changes are rounding errors.
         options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "gtol": 1e-6, "ftol": 1e-9}
         start = np.zeros(np.prod(shape))
         found = scipy.optimize.minimize(value_and_grad, start, jac=True, method="L-BFGS-B", options=options)
@@ -166,12 +165,13 @@ def make_fit(rows: Rows, classes: int, mesh: Mesh) -> Callable[[float], np.ndarr
 
 
 def best_exponent(quality: Callable[[float], tuple[float, ...]]) -> float:
-    """CLIP's search: every second power of 10, then halves of the steps around the best, down to 8 to a decade."""
+    """Searches as CLIP does: every second power of 10, then steps halved around the best, down to 1/8 of a decade."""
     low, high = EXPONENTS
-    found, step, wanted = {}, 2.0, np.arange(low, high + 1, 2)
+    found: dict[float, tuple[float, ...]] = {}
+    step, wanted = 2.0, list(np.arange(low, high + 1, 2))
     while True:
         found |= {exponent: quality(exponent) for exponent in map(float, wanted) if exponent not in found}
-        best = max(found, key=found.get)
+        best = max(found, key=lambda exponent: found[exponent])
         step /= 2
         if step < 1 / 8:
             return best
@@ -179,30 +179,28 @@ def best_exponent(quality: Callable[[float], tuple[float, ...]]) -> float:
 
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
-    """The accuracies over all pictures of the test split, the set's metric first, and log10 of the penalty."""
+    """Yields the accuracies over the whole test split, the data set's own metric first, then log10 of the penalty."""
     (x_NxD, label_N), test, classes = both_splits(encoder, dataset, config)
     mesh = encoder.mesh
     with jax.set_mesh(mesh), datasets.progress(f"{dataset.name}: linear probe", None, " fits") as bar:
         train = place(mesh, x_NxD, label_N)
-        held_N = np.zeros(train.real_N.shape, bool)
-        held_N[np.random.default_rng(0).permutation(len(x_NxD))[: len(x_NxD) // HELD_OUT or 1]] = True
-        held_N = jax.make_array_from_callback(held_N.shape, train.real_N.sharding, lambda index: held_N[index])
+        is_held = np.zeros(train.real_N.shape, bool)
+        is_held[np.random.default_rng(0).permutation(len(x_NxD))[: len(x_NxD) // HELD_OUT or 1]] = True
+        held_N = jax.make_array_from_callback(is_held.shape, train.real_N.sharding, lambda index: is_held[index])
         seen, held = (train._replace(real_N=jnp.where(held_N == side, train.real_N, 0)) for side in (False, True))
 
         fit = make_fit(seen, classes, mesh)
 
         def quality(exponent):
-            """The accuracy, and of equals the loss: few pictures do not tell penalties apart."""
+            """Returns the accuracy, then the negative loss to break ties, which are common with few images."""
             weights = fit(10**exponent)
             bar.update()
             return zeroshot.accuracies(count(weights, held, mesh))[dataset.metric], -loss(weights, held, mesh)[0]
 
         exponent = best_exponent(quality)
         hits = count(make_fit(train, classes, mesh)(10**exponent), place(mesh, *test), mesh)
-    values = zeroshot.accuracies(hits)
-    if jax.process_index() == 0:
-        found = f"top-1 {values['top1']:.2f} % over {len(test[1])} pictures, penalty 10^{exponent:g}"
-        print(f"{dataset.name}: linear probe {found}", flush=True)
-    yield dataset.metric, values.pop(dataset.metric)
+    values = zeroshot.accuracies(hits, dataset.metric)
+    result = f"top-1 {values['top1']:.2f} % over {len(test[1])} images, penalty 10^{exponent:g}"
+    say(f"{dataset.name}: linear probe {result}")
     yield from values.items()
     yield "log10_penalty", exponent

@@ -1,54 +1,62 @@
-"""Retrieval both ways between pictures and their captions, as on COCO and Flickr30k: recall at 1, 5 and 10.
+"""Retrieval between images and their captions, in both directions, as on COCO and Flickr30k: recall at 1, 5 and 10.
 
-Text recall: is any of a picture's captions among the K texts nearest to it? Image recall: is a caption's picture among
-the K pictures nearest to it? A picture may have any number of captions. Ties count against the model: whatever scores
-within `TIE` of the right answer ranks before it, so that a model that gives the same to all scores nothing.
+Text recall: is any of an image's captions among the K texts nearest to it? Image recall: is a caption's image among the
+K images nearest to it? An image may have any number of captions. Ties count against the model: whatever scores within
+`TIE` of the right answer ranks before it, so that a model with constant output scores 0.
 """
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flip_jax import sharding
 from flip_jax.config import Config
-from flip_jax.evaluators import datasets
+from flip_jax.evaluators import datasets, needs
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
+from flip_jax.runtime import UserError, say
+
+NEEDS = (needs.text_tower, needs.captions)
 
 AT = (1, 5, 10)
-TIE = 1e-6  # cosines that differ by less are equal; rounding depends on the layout of devices
-IMAGES, TEXTS = 2048, 8192  # of a block of scores; all of them, pictures x captions, are never held
+TIE = 1e-6  # cosines that differ by less count as equal, because rounding depends on the device layout
+IMAGES, TEXTS = 2048, 8192  # size of a block of scores; the whole images x captions matrix is never held
 
 
-def check(dataset: Dataset, config: Config) -> None:
-    """Raises ValueError for a known set without captions."""
-    if dataset.name in datasets.KNOWN and dataset.metric != datasets.CAPTIONS:
-        raise ValueError(f"{dataset.name} has classes and no captions; it is for zeroshot/{dataset.name}")
+def count_before(
+    image_IxE: jax.Array,
+    owner_I: jax.Array,
+    best_I: jax.Array,
+    text_TxE: jax.Array,
+    owner_T: jax.Array,
+    own_T: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Counts wrong captions that rank before an image's best caption, and wrong images before a caption's own image.
 
-
-def count_before(image_IxE, owner_I, best_I, text_TxE, owner_T, own_T):
-    """How many captions of others score like a picture's best, and pictures of others like a caption's own, or better.
-
-    `owner` is the picture's number, -1 for a row that fills up the block. Returns int32 [I] and [T].
+    `owner` is the index of the image, -1 for padding; `best` and `own` are the cosines of the right answers. Returns
+    int32 [I] and [T].
     """
     cosine_IxT = jnp.einsum("ie,te->it", image_IxE, text_TxE, precision="highest")
     other_IxT = (owner_I[:, None] != owner_T[None]) & (owner_I >= 0)[:, None] & (owner_T >= 0)[None]
-    # "Not less" instead of "at least": where there are no numbers nothing is found.
+    # "Not less" is also True for NaN, so that a model that returns NaN finds nothing.
     before_I = jnp.sum(other_IxT & ~(cosine_IxT < best_I[:, None] - TIE), axis=1)
     before_T = jnp.sum(other_IxT & ~(cosine_IxT < own_T[None] - TIE), axis=0)
     return before_I, before_T
 
 
-def ranks(image_NxE: np.ndarray, text_MxE: np.ndarray, owner_M: np.ndarray, mesh) -> tuple[np.ndarray, np.ndarray]:
-    """The rank, from 0, of each picture's best caption and of each caption's picture; int64 [N] and [M].
+def ranks(
+    image_NxE: np.ndarray, text_MxE: np.ndarray, owner_M: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rank, from 0, of each image's best caption and of each caption's image, int64 [N] and [M].
 
-    `owner_M` says which picture a caption is of. A picture without captions gets -1, and is there to be mistaken for
-    others. All processes give, and get, the same.
+    `owner_M` is the index of each caption's image. An image without captions gets rank -1 and only serves as a wrong
+    answer for captions. All processes pass the same arrays and get the same result.
     """
     own_M = np.concatenate(
         [
@@ -57,7 +65,7 @@ def ranks(image_NxE: np.ndarray, text_MxE: np.ndarray, owner_M: np.ndarray, mesh
         ]
     )
     best_N = np.full(len(image_NxE), -np.inf, np.float32)
-    with np.errstate(invalid="ignore"):  # a model that gives no numbers finds nothing
+    with np.errstate(invalid="ignore"):  # NaN is handled in count_before
         np.maximum.at(best_N, owner_M, own_M)
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     count = jax.jit(count_before, out_shardings=whole)
@@ -70,17 +78,17 @@ def ranks(image_NxE: np.ndarray, text_MxE: np.ndarray, owner_M: np.ndarray, mesh
         return jax.make_array_from_callback(padded.shape, layout, lambda index: padded[index])
 
     before_N, before_M = np.zeros(len(image_NxE), np.int64), np.zeros(len(text_MxE), np.int64)
-    number_N = np.arange(len(image_NxE), dtype=np.int32)
+    index_N = np.arange(len(image_NxE), dtype=np.int32)
     with datasets.progress("ranks", len(text_MxE), " captions") as bar:
         for t in range(0, len(text_MxE), texts):
-            captions = [
+            text_block = [
                 block(array, t, texts, fill, whole) for array, fill in ((text_MxE, 0), (owner_M, -1), (own_M, 0))
             ]
             for i in range(0, len(image_NxE), images):
-                pictures = [
-                    block(array, i, images, fill, rows) for array, fill in ((image_NxE, 0), (number_N, -1), (best_N, 0))
+                image_block = [
+                    block(array, i, images, fill, rows) for array, fill in ((image_NxE, 0), (index_N, -1), (best_N, 0))
                 ]
-                of_images, of_texts = jax.device_get(count(*pictures, *captions))
+                of_images, of_texts = jax.device_get(count(*image_block, *text_block))
                 before_N[i : i + images] += of_images[: len(before_N) - i]
                 before_M[t : t + texts] += of_texts[: len(before_M) - t]
             bar.update(texts)
@@ -88,17 +96,19 @@ def ranks(image_NxE: np.ndarray, text_MxE: np.ndarray, owner_M: np.ndarray, mesh
 
 
 def recalls(rank_N: np.ndarray, rank_M: np.ndarray) -> dict[str, float]:
-    """Recalls in percent, their mean first, of ranks from 0; those below 0 are no queries."""
+    """Turns ranks from 0 into recalls in percent, their mean first; images of rank -1 are not queries."""
     queries = {"text": rank_N[rank_N >= 0], "image": rank_M}
     found = {f"{name}_recall@{k}": float(100 * np.mean(rank < k)) for name, rank in queries.items() for k in AT}
     return {"mean_recall": float(np.mean(list(found.values())))} | found
 
 
 def embed(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures f32 [N, E], captions f32 [M, E] and each caption's picture int32 [M], the same in every process.
+    """Embeds images f32 [N, E] and captions f32 [M, E]; returns both and the index of each caption's image, int32 [M].
+
+    The result is the same in every process.
 
     Raises:
-      ValueError: no picture that can be used has a caption.
+      UserError: no usable image has a caption.
     """
     images, captions = [], []
     for batch in datasets.batches(dataset.test, config, with_text=True):
@@ -107,11 +117,11 @@ def embed(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[np.ndarra
         rows = [texts for process in _from_all(own) for texts in process]
         images.append(embedded[[texts is not None for texts in rows]])
         captions += [texts for texts in rows if texts is not None]
-    # CLIP_benchmark's tars have a picture's captions in the lines of one file.
+    # CLIP_benchmark's tars hold the captions of an image as the lines of one file.
     captions = [[line for text in texts for line in text.splitlines() if line.strip()] for texts in captions]
     texts = [text for texts in captions for text in texts]
     if not texts:
-        raise ValueError(f"{dataset.test!r}: none of its {len(captions)} pictures that can be used has a caption")
+        raise UserError(f"{dataset.test!r}: none of its {len(captions)} usable images has a caption")
     owner_M = np.repeat(np.arange(len(captions), dtype=np.int32), [len(texts) for texts in captions])
     size = config.eval.batch_size
     padded = texts + [""] * (-len(texts) % size)  # full batches only, so that one shape is compiled
@@ -123,8 +133,8 @@ def embed(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[np.ndarra
     return np.concatenate(images), np.concatenate(embedded)[: len(texts)], owner_M
 
 
-def _from_all(value):
-    """The JSON values of all processes, in their order."""
+def _from_all(value: Any) -> list[Any]:
+    """Gathers a JSON value from every process, in their order."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -134,14 +144,10 @@ def _from_all(value):
 
 
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
-    """Recalls in percent over all pictures of the test split, their mean first."""
+    """Yields the recalls in percent over the whole test split, their mean first."""
     image_NxE, text_MxE, owner_M = embed(encoder, dataset, config)
     values = recalls(*ranks(image_NxE, text_MxE, owner_M, encoder.mesh))
-    if jax.process_index() == 0:
-        r1, r2 = values["text_recall@1"], values["image_recall@1"]
-        print(
-            f"{dataset.name}: text recall@1 {r1:.2f} % image recall@1 {r2:.2f} % over {len(image_NxE)} pictures and "
-            f"{len(text_MxE)} captions",
-            flush=True,
-        )
+    r1, r2 = values["text_recall@1"], values["image_recall@1"]
+    counts = f"over {len(image_NxE)} images and {len(text_MxE)} captions"
+    say(f"{dataset.name}: text recall@1 {r1:.2f} % image recall@1 {r2:.2f} % {counts}")
     yield from values.items()

@@ -1,22 +1,18 @@
-"""Model cards: README.md for people, as Hugging Face shows it, and card.json for programs, beside a model's weights.
+"""Write a model card: README.md, as the Hugging Face hub shows it, and card.json for programs, next to the weights.
 
-python -m flip_jax.card --workdir=RUN [--evaluation=FILE.json] [--license=apache-2.0]
-
-writes those of a run. `flip_jax.convert` writes them with every model; to these, too, the command adds an evaluation
-and a licence.
+`flip convert` writes a card with every model. For such a model this command adds an evaluation and a license.
 """
 
+import argparse
 import hashlib
 import json
 import logging
 import math
 import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
-from absl import app, flags
 from etils import epath
 from flax import nnx
 from huggingface_hub import EvalResult, ModelCardData
@@ -24,14 +20,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from flip_jax import checkpoint, config_check, metrics, models
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from flip_jax.runtime import UserError
+from flip_jax.tools import options
+
+EXAMPLE = "flip card --model=runs/l16 --evaluation=l16.json --license=apache-2.0"
 
 JSON, MARKDOWN = "card.json", "README.md"
-TASKS = {"zeroshot": "zero-shot-image-classification", "classify": "image-classification"}  # as the hub calls them
+TASKS = {"zeroshot": "zero-shot-image-classification", "classify": "image-classification"}  # the hub's names
 Card = dict[str, Any]
 
 
 def describe(config: Config, tokenizer: Tokenizer | None, origin: str) -> Card:
-    """What a model's settings and tokenizer tell: the card of one whose training is not known."""
+    """Return the card of a model whose training is unknown, from its settings and tokenizer."""
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))[1])
     sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for name, part in params.items()}
     return {
@@ -58,29 +58,26 @@ def _tokenizer(tokenizer, config):
     }
 
 
-def of(path: str | os.PathLike) -> Card:
-    """The card of a run's newest step, or of one step; for a converted or exported model the one that lies there.
+def from_model(path: str | os.PathLike) -> Card:
+    """Return the card of a run's newest step, of one step, or the existing card of a converted or exported model.
 
     Raises:
-      ValueError: it is none of these.
+      UserError: the folder holds no model.
     """
     folder = epath.Path(path)
     if (folder / JSON).exists() and not (folder / "checkpoints").is_dir():
         return json.loads((folder / JSON).read_text())
     step = checkpoint.newest(path)
-    config = config_check.from_flat(checkpoint.read_json(step, "config"))
-    tokenizer = None if config.finetune.classes else Tokenizer.from_json(checkpoint.read_json(step, "tokenizer"))
+    config, tokenizer = checkpoint.read_config(step), checkpoint.read_tokenizer(step)
     if step.parent.name != "checkpoints":
         return describe(config, tokenizer, "weights of unknown training")
     card, run = describe(config, tokenizer, "trained with flip_jax"), step.parent.parent
     if (run / JSON).exists():
         earlier = json.loads((run / JSON).read_text())
-        if earlier["step"] == int(step.name):  # with what it was given
+        if earlier["step"] == int(step.name):  # the same step: keep the evaluation and license that were added
             return earlier
         card["license"] = earlier["license"]
-    log = run / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    lines = [json.loads(line) for line in lines if metrics.step_of(line) <= int(step.name)]
+    lines = [line for line in metrics.read_metrics(run) if line["step"] <= int(step.name)]
     records = next((line for line in reversed(lines) if "data/read" in line), {})
     results = next((line for line in reversed(lines) if "loss" not in line), None)
     card |= {
@@ -99,40 +96,45 @@ def of(path: str | os.PathLike) -> Card:
 
 
 def add_evaluation(card: Card, path: str) -> None:
-    """Puts the numbers of a file that `flip_jax.evaluate --json` wrote in place of those that are there.
+    """Replace the card's evaluation by the file that `flip evaluate --json` wrote.
 
     Raises:
-      ValueError: it is no such file, or has no results.
+      UserError: the file cannot be read, is something else, or has no results.
     """
     try:
         report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        tasks = report["results"].items()
-        results = {f"{task}/{metric}": value for task, metrics in tasks for metric, value in metrics.items()}
-        card["evaluation"] = {"model": report["model"], "results": results | report["means"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--evaluation {path!r} is not what `python -m flip_jax.evaluate --json` writes: {error!r}"
-        ) from error
+    except OSError as error:
+        raise UserError(f"--evaluation {path!r} cannot be read: {error.strerror}") from error
+    except ValueError:  # neither UTF-8 nor JSON
+        report = None
+    tasks, means = (report.get(key) if isinstance(report, dict) else None for key in ("results", "means"))
+    if not (isinstance(tasks, dict) and isinstance(means, dict) and all(isinstance(x, dict) for x in tasks.values())):
+        raise UserError(f"--evaluation {path!r} is not a file that `flip evaluate --json` writes")
+    results = {f"{task}/{metric}": value for task, metrics in tasks.items() for metric, value in metrics.items()}
     if not results:
-        raise ValueError(f"--evaluation {path!r} has no results")
+        raise UserError(f"--evaluation {path!r} has no results")
+    card["evaluation"] = {"model": report.get("model"), "results": results | means}
 
 
 def write(folder: str | os.PathLike, card: Card) -> None:
-    """Writes both files into the folder, over those of an earlier card.
+    """Write both files into the folder, over those of an earlier card.
 
     Raises:
-      ValueError: there is a README.md that is no card.
+      UserError: the folder has a README.md that is no card, or cannot be written to.
     """
     folder = epath.Path(folder)
     if (folder / MARKDOWN).exists() and not (folder / JSON).exists():
-        raise ValueError(f"{folder / MARKDOWN} is there already and is no model card; move it away")
-    (folder / JSON).write_text(json.dumps(card, indent=1) + "\n")
-    (folder / MARKDOWN).write_text(markdown(card, os.path.basename(os.path.abspath(folder))))
+        raise UserError(f"{folder / MARKDOWN} already exists and is no model card; move it away")
+    try:
+        (folder / JSON).write_text(json.dumps(card, indent=1) + "\n")
+        (folder / MARKDOWN).write_text(markdown(card, os.path.basename(os.path.abspath(folder))))
+    except OSError as error:
+        raise UserError(f"{folder}: the model card cannot be written: {error.strerror or error}") from error
 
 
 def markdown(card: Card, name: str) -> str:
-    """The README.md: front matter as Hugging Face reads it, and what card.json says in words."""
-    config, blank = config_check.from_flat(card["config"]), "not known"
+    """Format README.md: front matter for the hub, then the facts of card.json in words."""
+    config, blank = config_check.from_flat(card["config"]), "unknown"
     image, text, data, evaluation = config.model.image, config.model.text, card["data"], card["evaluation"]
     results = evaluation["results"] if evaluation else {}
     patches = (image.image_size // image.patch_size) ** 2
@@ -168,7 +170,7 @@ def markdown(card: Card, name: str) -> str:
         "",
         f"# {name}",
         "",
-        "A classifier of pictures." if config.finetune.classes else "An image-text model of CLIP's kind.",
+        "An image classifier." if config.finetune.classes else "A CLIP-style image-text model.",
         "All settings are in card.json.",
         "",
         "```python",
@@ -183,10 +185,10 @@ def markdown(card: Card, name: str) -> str:
         "",
     ]
     if results:
-        lines += [f"Of {evaluation['model']}.", "", "| | |", "|---|---|"]
+        lines += [f"Measured on {evaluation['model']}.", "", "| | |", "|---|---|"]
         lines += [f"| `{key}` | {value:.2f} |" for key, value in results.items()]
     else:
-        lines += ["None is known."]
+        lines += ["No evaluation is known."]
     return "\n".join(lines) + "\n"
 
 
@@ -220,34 +222,29 @@ def _snippet(card):
 
 
 def update(folder: str | os.PathLike, evaluation: str | None = None, license_name: str | None = None) -> None:
-    """Writes the card of a run, or anew that of a model which has one, with an evaluation and a licence if given.
+    """Write or rewrite a model's card, with an evaluation and a license if given.
 
     Raises:
-      ValueError: as `of`, `add_evaluation` and `write`.
+      UserError: as `from_model`, `add_evaluation` and `write`.
     """
-    card = of(folder)
+    card = from_model(folder)
     card["license"] = license_name or card["license"]
     if evaluation:
         add_evaluation(card, evaluation)
     write(folder, card)
 
 
-def main(_) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    options.add_model(parser, "folder of a run, of one of its steps, or of a converted or exported model")
+    parser.add_argument(
+        "--evaluation", metavar="FILE", help="what flip evaluate --json wrote (default: the run's last evaluation)"
+    )
+    parser.add_argument("--license", metavar="NAME", help="the model's license by the hub's name, such as apache-2.0")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Write the card and print where."""
     logging.getLogger().setLevel(logging.ERROR)
-    try:
-        update(_WORKDIR.value, _EVALUATION.value, _LICENSE.value)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{_WORKDIR.value}: {MARKDOWN} and {JSON}")
-
-
-if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string(
-        "workdir", None, "Folder of a run, or of a converted or exported model", required=True
-    )
-    _EVALUATION = flags.DEFINE_string(
-        "evaluation", None, "What flip_jax.evaluate --json wrote (default: the run's last)"
-    )
-    _LICENSE = flags.DEFINE_string("license", None, "The model's licence, as Hugging Face calls it; you decide")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    app.run(main)
+    update(arguments.model, arguments.evaluation, arguments.license)
+    print(f"{arguments.model}: {MARKDOWN} and {JSON}")

@@ -1,4 +1,4 @@
-"""The web server of flip_jax.demo: three files, and a model's answers to forms as JSON."""
+"""The web server of `flip demo`: three files, and a model's answers to forms as JSON."""
 
 import asyncio
 import ipaddress
@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from flip_jax.runtime import UserError
 from flip_jax.tools.demo import Demo
 
-MAX_UPLOAD = 2**25  # bytes of a form, of which a picture takes nearly all
+MAX_UPLOAD = 2**25  # bytes of a form, nearly all of them the image
 FILES = {"/": "demo.html", "/demo.css": "demo.css", "/demo.js": "demo.js"}
 HEADERS = {
-    # The page needs nothing from elsewhere, and a picture that is dropped on it cannot change that.
+    # The page loads nothing from elsewhere, and an image dropped on it cannot change that.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -30,28 +31,29 @@ _log = logging.getLogger(__name__)
 
 
 def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
-    """The page of a model. Only requests to one of `hosts` are answered (none: to any).
+    """Make the page of a model; it answers only requests to one of `hosts`, or to any if there are none.
 
-    Refused input is answered with status 400 (or 403, 404, 413) and {"error": reason}.
+    The answer to refused input is status 400 (or 403, 404, 413) with {"error": reason}.
     """
     about = demo.about() | {"max_upload": MAX_UPLOAD}
     one_at_a_time = asyncio.Lock()
 
     async def ask(function, *arguments) -> web.Response:
-        async with one_at_a_time:  # a second picture in work would double the memory, and be no faster
+        async with one_at_a_time:  # two images at a time would double the memory and be no faster
             return web.json_response(await asyncio.to_thread(function, *arguments))
 
     async def classify(request: web.Request) -> web.Response:
         form = await request.post()
-        return await ask(demo.classify, _picture(demo, form), _text(form, "names"), _text(form, "template"))
+        return await ask(demo.classify, _image(demo, form), _text(form, "names"), _text(form, "template"))
 
     async def mask(request: web.Request) -> web.Response:
         form = await request.post()
+        ratio_text, seed_text = _text(form, "ratio"), _text(form, "seed")
         try:
-            ratio, seed = float(_text(form, "ratio")), int(_text(form, "seed")) % 2**31
+            ratio, seed = float(ratio_text), int(seed_text) % 2**31
         except ValueError as error:
-            raise ValueError(f"The ratio and the seed of a mask must be numbers: {error}.") from error
-        return await ask(demo.mask, _picture(demo, form), _text(form, "strategy"), ratio, seed)
+            raise UserError(f"The ratio and the seed of a mask must be numbers: {error}.") from error
+        return await ask(demo.mask, _image(demo, form), _text(form, "strategy"), ratio, seed)
 
     async def search(request: web.Request) -> web.Response:
         return await ask(demo.search, _text(await request.post(), "text"))
@@ -73,11 +75,11 @@ def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
             return _refusal(error.reason, error.status)
         except HttpProcessingError:
             return _refusal("The form is damaged.", 400)
-        except ValueError as error:
+        except UserError as error:
             return _refusal(str(error), 400)
-        except Exception:
+        except Exception:  # a bug: the page stays up, and the terminal shows the trace
             _log.exception("%s", request.path)
-            return _refusal("The server failed; its terminal says why.", 500)
+            return _refusal("The server failed; see its terminal for the reason.", 500)
 
     async def add_headers(_, response: web.StreamResponse) -> None:
         response.headers.update(HEADERS)
@@ -91,19 +93,19 @@ def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
 
 
 def run(demo: Demo, listener: socket.socket) -> None:
-    """Serves the page on a socket until Ctrl-C."""
+    """Serve the page on a socket until Ctrl-C."""
     host, port = listener.getsockname()[:2]
     hosts = ()
     if ipaddress.ip_address(host).is_loopback:
         hosts = ("localhost", "127.0.0.1", host)
     else:
         print(f"anyone who can reach {host} can use this page", flush=True)
-    print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+    print(f"http://{host}:{port}  (Ctrl-C stops it)", flush=True)
     web.run_app(make_app(demo, hosts), sock=listener, print=None, access_log=None, shutdown_timeout=1)
 
 
 def _check_origin(request, hosts):
-    """Other sites that a browser has open must not reach the page, nor a name of theirs that leads to this machine."""
+    """Refuse requests of other sites open in the browser, also under their own name for this machine's address."""
     if hosts and urlsplit(f"//{request.host}").hostname not in hosts:
         raise web.HTTPForbidden(reason="This page answers to this machine's own address only.")
     origin = request.headers.get("Origin")
@@ -115,18 +117,18 @@ def _refusal(reason, status):
     return web.json_response({"error": reason}, status=status)
 
 
-def _picture(demo, form):
-    """The bytes of the picture of a form: an upload, or a key of the folder."""
-    value = form.get("picture")
+def _image(demo, form):
+    """Return the bytes of a form's image: an upload, or a key of the folder."""
+    value = form.get("image")
     if isinstance(value, web.FileField):
         return value.file.read()
     if isinstance(key := form.get("key"), str):
         return demo.content(key)
-    raise ValueError("Drop a picture first.")
+    raise UserError("Drop an image first.")
 
 
 def _text(form, name):
     value = form.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"The form has no text {name!r}.")
+        raise UserError(f"The form has no text {name!r}.")
     return value

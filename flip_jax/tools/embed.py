@@ -1,20 +1,18 @@
-"""Embeddings of a source as files: python -m flip_jax.embed --model=DIR --source=SOURCE --out=DIR [--texts]
+"""Write the embeddings of a data set's images, or of its captions, to Parquet files.
 
-OUT/part-UNIT-BLOCK.parquet hold a row for each picture, or with --texts for each caption, in the order of the source:
-key, texts, item and offset (where the record is in the source), embedding. With --format=npy the embeddings are beside
-them in part-UNIT-BLOCK.npy. OUT/index.json says what all of it is. A run that was killed goes on where it was and
-writes the same bytes; `flip_jax.search` finds what is near to a text or a picture.
+OUT/part-UNIT-BLOCK.parquet hold a row per image, or with --texts a row per caption, in the order of the source: key,
+texts, item and offset (where the record is in the source), embedding. OUT/index.json names the model and the source.
+After an interruption the same command resumes, and writes the same bytes. `flip search` finds what is nearest to a text
+or an image.
 """
 
+import argparse
 import collections
 import dataclasses
-import hashlib
 import itertools
 import json
-import logging
 import os
 import pathlib
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,23 +20,23 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pyarrow as pa
-from absl import app, flags
-from pyarrow import parquet
 from tqdm import tqdm
 
-from flip_jax import config_check, inference, runtime
-from flip_jax.config import DataConfig, ModelConfig
+from flip_jax import inference, runtime
+from flip_jax.config import DataConfig
 from flip_jax.data import sources, transforms
 from flip_jax.data.records import CHUNK, END, Pick, Record
+from flip_jax.runtime import UserError
+from flip_jax.tools import index as index_lib
+from flip_jax.tools import options
 
-INDEX, BAD = "index.json", "bad.jsonl"
-IN_FLIGHT = 2  # batches that the devices are given before the first is waited for
-_META = b"flip_jax"
+EXAMPLE = "flip embed --model=runs/b16 --source='webdataset:/data/pairs/{00000..00127}.tar' --out=index"
+
+IN_FLIGHT = 2  # batches queued on the devices before the first is waited for
 
 
 class Lines:
-    """The lines of a text file, held in memory: keys are line numbers from 1."""
+    """The lines of a text file, held in memory, as a source; keys are line numbers from 1."""
 
     at_once = CHUNK
 
@@ -50,52 +48,35 @@ class Lines:
         return len(self._lines)
 
     def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
-        """The picked lines; blank ones and those that are not UTF-8 are bad."""
+        """Yield the picked lines; blank ones and those that are not UTF-8 are bad records."""
         for index, epoch in picks:
             record = {"key": str(index + 1), "epoch": epoch}
             try:
                 text = self._lines[index].decode().strip()
-                yield record | ({"texts": [text]} if text else {"bad": "no text"}), END
             except UnicodeError:
                 yield record | {"bad": "not UTF-8"}, END
+            else:
+                yield record | ({"texts": [text]} if text else {"bad": "no text"}), END
 
 
 def open_source(source: str, data: DataConfig, texts: bool) -> Any:
-    """What `source` names: KIND:REST as in training, or for texts also a file with one a line.
+    """Open KIND:REST as in training, or for texts also a text file with one text per line.
 
     Raises:
-      ValueError: it is neither, or not there.
+      UserError: it is neither.
     """
     if texts and os.path.isfile(source):
         return Lines(source)
-    try:
-        return sources.open_source(source, data, "--source")
-    except ValueError as error:
-        raise ValueError(f"{error}{'; or a text file, with one text a line' if texts else ''}") from error
-
-
-def identity(encoder: inference.Encoder) -> dict[str, str]:
-    """Hashes of a model's settings and tokenizer, and of its weights: embeddings of different models do not compare."""
-    default = config_check.flatten(ModelConfig())
-    changed = {k: v for k, v in config_check.flatten(encoder.config.model).items() if default[k] != v}
-    settings = [changed, encoder.config.data.resize, encoder.tokenizer.to_json()]
-    weights = hashlib.blake2b(digest_size=16)
-    for path, value in jax.tree_util.tree_leaves_with_path(encoder.params):
-        weights.update(jax.tree_util.keystr(path).encode())
-        weights.update(np.asarray(value).tobytes())
-    config = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
-    return {"config_hash": config.hexdigest(), "weights_hash": weights.hexdigest()}
-
-
-def write_json(path: pathlib.Path, content: Any, writer: int = 0) -> None:
-    """Writes a JSON file whole or not at all."""
-    new = path.with_name(f".{path.name}.{writer}.new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(new, path)
+    if texts and source.partition(":")[0] not in sources.KINDS:
+        kinds = ", ".join(sources.KINDS)
+        raise UserError(
+            f"--source {source!r} is neither a text file with one text per line nor KIND:REST with KIND one of {kinds}"
+        )
+    return sources.open_source(source, data, "--source")
 
 
 class Place(NamedTuple):
-    """Where a record is in its source. `ends` is (part's name, where the next begins) for the last one of a part."""
+    """A record and where it is in its source; the last of a part has `ends`: (part, offset of the next part)."""
 
     record: Record
     item: int
@@ -104,49 +85,58 @@ class Place(NamedTuple):
 
 
 class Embedding:
-    """The folder OUT and the parts that are to be written to it.
+    """The folder OUT and the parts to be written to it.
 
-    A unit of work is one shard, or `rows_per_part` records of a source that has no shards; a part holds at most
-    `rows_per_part` records of one unit and says where the next begins. So what is written does not depend on the number
-    of processes, and nothing has to be read again.
+    A unit of work is one shard, or `rows_per_part` records of a source without shards; a part holds at most
+    `rows_per_part` records of one unit and stores where the next begins. So the files do not depend on the number of
+    processes, and nothing is read twice.
     """
 
-    def __init__(self, out: pathlib.Path, source: Any, settings: dict[str, Any], model: str, writer: int = 0):
-        self._out, self._source, self._writer = out, source, writer
-        self._rows, self._texts = settings["rows_per_part"], settings["embedded"] == "texts"
-        self._npy, self._dtype = settings["format"] == "npy", settings["dtype"]
+    def __init__(
+        self,
+        out: pathlib.Path,
+        source: Any,
+        data: DataConfig,
+        identity: dict[str, Any],
+        model: str,
+        process: int = 0,
+    ):
+        """`identity` is what must agree before an earlier run in `out` is resumed."""
+        self._out, self._source, self._data, self._process = out, source, data, process
+        self._rows, self._texts = identity["rows_per_part"], identity["embedded"] == "texts"
+        self._dtype = identity["dtype"]
         if not len(source):
-            raise ValueError(f"--source {settings['source']!r} is empty")
+            raise UserError(f"--source {identity['source']!r} is empty")
         self.units = len(source) if source.at_once == 1 else -(-len(source) // self._rows)
-        out.mkdir(parents=True, exist_ok=True)
+        options.make_folder("--out", out)
         names = {name for name in os.listdir(out) if not name.endswith(".new")}
-        if INDEX in names:
-            self.index = json.loads((out / INDEX).read_text())
-            for key, ours in settings.items():
+        if index_lib.INDEX in names:
+            self.index = index_lib.read_index(out / index_lib.INDEX)
+            for key, ours in identity.items():
                 if self.index.get(key) != ours:
-                    raise ValueError(
-                        f"--out {str(out)!r} was begun with {key} {self.index.get(key)!r}, not {ours!r} "
-                        f"(its model: {self.index.get('model')}); use another folder"
+                    raise UserError(
+                        f"--out {str(out)!r} was started with {key} {self.index.get(key)!r}, not {ours!r} "
+                        f"(its model: {self.index.get('model')}): use another folder"
                     )
         elif names:
-            raise ValueError(f"--out {str(out)!r} is not empty, and was not begun by this tool; use another folder")
+            raise UserError(f"--out {str(out)!r} is not empty and not from this command: use another folder")
         else:
-            self.index = {"model": model, **settings}
-            write_json(out / INDEX, self.index, writer)
+            self.index = {"model": model, **identity}
+            self._write_index()
 
     def run(self, encoder: inference.Encoder, units: Sequence[int], batch_size: int) -> None:
-        """Writes the parts of these units that are not there yet."""
-        size, data = encoder.config.model.image.image_size, encoder.config.data
+        """Write the missing parts of these units."""
+        size = encoder.config.model.image.image_size
 
         def prepare(place):
-            """(texts, picture or text) of each row, or the kind of a bad record."""
+            """Return (texts, image or text) of each row, or the kind of a bad record."""
             record = place.record
             if "bad" in record:
                 return record["bad"]
             if self._texts:
                 return [([text], text) for text in record["texts"]] or "no text"
             try:
-                return [(record["texts"], transforms.decode(record["image"], size, data))]
+                return [(record["texts"], transforms.decode(record["image"], size, self._data))]
             except transforms.BadImage as error:
                 return str(error)
 
@@ -154,7 +144,7 @@ class Embedding:
         columns, bad, read = collections.defaultdict(list), [], 0
         todo = [unit for unit in units if self._written(unit)[1] != END]
         if len(todo) < len(units):
-            print(f"{self._out} holds {len(units) - len(todo)} of {len(units)} shares of the work already")
+            print(f"{self._out} already holds {len(units) - len(todo)} of {len(units)} units of work")
         with ThreadPoolExecutor() as pool, tqdm(unit=" records", mininterval=1) as bar:
             places = self._places(todo, bar)
             for (record, item, offset, ends), prepared in _ahead(pool, prepare, places, 2 * batch_size):
@@ -172,9 +162,9 @@ class Embedding:
                     columns, bad, read = collections.defaultdict(list), [], 0
 
     def _places(self, units, bar):
-        """The records of the parts of these units that are not there yet. Keeps the total of the progress bar."""
+        """Yield the records of the missing parts of these units, and keep the progress bar's total up to date."""
         for done, unit in enumerate(units):
-            # How much a shard holds is not known before it is read: the rest is taken to be like what was read.
+            # A shard's size is unknown until it is read: extrapolate from those read so far.
             bar.total = round(bar.n / done * len(units)) if done else None
             items = [unit]
             if self._source.at_once > 1:
@@ -186,15 +176,15 @@ class Embedding:
                 if i % self._rows and following:
                     yield place
                 else:
-                    name = _name(unit, first + (i - 1) // self._rows)
+                    name = index_lib.part_name(unit, first + (i - 1) // self._rows)
                     yield place._replace(ends=(name, following.offset if following else END))
 
     def _records(self, unit):
-        """The items of a unit of a source without shards."""
+        """Return the items of a unit of a source without shards."""
         return range(unit * self._rows, min((unit + 1) * self._rows, len(self._source)))
 
     def _unit(self, items, offset):
-        """The records of these items: of a shard from an offset on, or several that are one each."""
+        """Yield the records of a shard from an offset on, or of several items of one record each."""
         items = iter(items)
         while some := list(itertools.islice(items, self._source.at_once)):
             found = self._source.read([(item, 0) for item in some], offset)
@@ -206,54 +196,45 @@ class Embedding:
                 offset = after
 
     def _written(self, unit):
-        """(number of parts, where the next begins) of a unit."""
+        """Return (number of parts, offset of the next one) of a unit."""
         offset = 0
         for block in itertools.count():
-            path = self._out / f"{_name(unit, block)}.parquet"
-            if offset == END or not path.exists() or (self._npy and not path.with_suffix(".npy").exists()):
+            path = index_lib.part_path(self._out, index_lib.part_name(unit, block))
+            if offset == END or not path.exists():
                 return block, offset
-            offset = part_info(path)["next"]
+            offset = index_lib.part_info(path)["next"]
 
     def _write(self, name, columns, embedding_RxE, meta):
-        """A part: each file under another name first, and the Parquet file, which says that it is there, last."""
         if not np.isfinite(embedding_RxE).all():
-            raise ValueError(f"{name}: the model gives embeddings that are not finite; use an earlier step of the run")
-        embedding_RxE = embedding_RxE.astype(self._dtype)
-        kinds = {"key": pa.string(), "texts": pa.list_(pa.string()), "item": pa.int64(), "offset": pa.int64()}
-        table = pa.table({column: pa.array(columns[column], kind) for column, kind in kinds.items()})
-        new = self._out / f".{name}.{self._writer}.new"
-        if self._npy:
-            with open(new, "wb") as file:
-                np.save(file, embedding_RxE, allow_pickle=False)
-            os.replace(new, self._out / f"{name}.npy")
-        else:
-            flat = pa.array(embedding_RxE.reshape(-1))
-            table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, embedding_RxE.shape[1]))
-        table = table.replace_schema_metadata({_META: json.dumps({"rows": len(table), **meta})})
-        parquet.write_table(table, new, row_group_size=CHUNK * CHUNK, compression="zstd", use_dictionary=False)
-        os.replace(new, self._out / f"{name}.parquet")
+            raise UserError(f"{name}: the model's embeddings are not finite: use an earlier step of the run")
+        path = index_lib.part_path(self._out, name)
+        index_lib.write_part(path, columns, embedding_RxE.astype(self._dtype), meta, self._process)
+
+    def _write_index(self):
+        content = json.dumps(self.index, indent=1) + "\n"
+        index_lib.write_text(self._out / index_lib.INDEX, content, self._process)
 
     def finish(self) -> bool:
-        """Completes index.json where all units of all processes are written, and says whether they are."""
+        """Complete index.json if all units of all processes are written; return whether they are."""
         parts, bad, read = {}, [], 0
         for unit in range(self.units):
             blocks, offset = self._written(unit)
             if offset != END:
                 return False
             for block in range(blocks):
-                meta = part_info(self._out / f"{_name(unit, block)}.parquet")
-                parts[_name(unit, block)] = meta["rows"]
+                name = index_lib.part_name(unit, block)
+                meta = index_lib.part_info(index_lib.part_path(self._out, name))
+                parts[name] = meta["rows"]
                 bad += meta["bad"]
                 read += meta["read"]
         kinds = dict(sorted(Counter(kind for _, kind in bad).items()))
         if not sum(parts.values()):
-            raise ValueError(f"none of the {read} records of {self.index['source']!r} can be used: {kinds}")
+            raise UserError(f"none of the {read} records of {self.index['source']!r} can be used: {kinds}")
         if bad:
-            new = self._out / f".{BAD}.{self._writer}.new"
-            new.write_text("".join(json.dumps({"key": key, "bad": kind}) + "\n" for key, kind in bad))
-            os.replace(new, self._out / BAD)
+            lines = "".join(json.dumps({"key": key, "bad": kind}) + "\n" for key, kind in bad)
+            index_lib.write_text(self._out / index_lib.BAD, lines, self._process)
         self.index |= {"rows": sum(parts.values()), "read": read, "bad": kinds, "parts": parts}
-        write_json(self._out / INDEX, self.index, self._writer)
+        self._write_index()
         return True
 
 
@@ -261,42 +242,41 @@ def write_index(
     encoder: inference.Encoder,
     model: str,
     source: Any,
+    data: DataConfig,
     out: pathlib.Path,
     *,
     name: str,
     texts: bool = False,
-    file_format: str = "parquet",
     dtype: str = "float32",
     rows_per_part: int = 10_000,
     batch_size: int = 256,
     process: int = 0,
     processes: int = 1,
 ) -> dict[str, Any] | None:
-    """Embeds a source, or the share of one of several processes, into the folder `out`; or goes on there.
+    """Embed a source, or one process's share of it, into the folder `out`; resume if it was started.
 
     `name` and `model` are what index.json calls the source and the model's folder. Returns the contents of index.json,
     or None while other processes have parts to write.
 
     Raises:
-      ValueError: `out` holds something else, or nothing in the source can be used.
+      UserError: `out` holds something else, or no record can be used.
     """
-    settings = {
+    identity = {
         "source": name,
         "items": len(source),
         "embedded": "texts" if texts else "images",
-        "format": file_format,
         "dtype": dtype,
         "embed_dim": encoder.config.model.embed_dim,
         "rows_per_part": rows_per_part,
-        **identity(encoder),
+        **index_lib.identity(encoder),
     }
-    embedding = Embedding(out, source, settings, os.path.abspath(model), process)
+    embedding = Embedding(out, source, data, identity, os.path.abspath(model), process)
     embedding.run(encoder, range(process, embedding.units, processes), batch_size)
     return embedding.index if embedding.finish() else None
 
 
 class _Batches:
-    """Pictures or texts to embeddings, in batches of one shape; a few are on the devices while more are made ready."""
+    """Embeds images or texts in batches of one shape; a few are on the devices while the next is prepared."""
 
     def __init__(self, encoder, texts, batch_size):
         self._encoder, self._texts, self._size = encoder, texts, batch_size
@@ -308,7 +288,7 @@ class _Batches:
             self._start()
 
     def take(self):
-        """All that were added since the last call, [rows, embed_dim] f32."""
+        """Return the embeddings of everything added since the last call, [rows, embed_dim] f32."""
         rows = self._size * (len(self._done) + len(self._flying)) + len(self._waiting)
         if self._waiting:
             self._start()
@@ -327,20 +307,8 @@ class _Batches:
             self._done.append(np.asarray(self._flying.pop(0)))
 
 
-def part_info(path: pathlib.Path) -> dict[str, Any]:
-    """What a part says of itself: rows; records read; [key, kind] of the bad ones; where the next part begins."""
-    try:
-        return json.loads(parquet.read_schema(path).metadata[_META])
-    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: delete it, and run flip_jax.embed again") from error
-
-
-def _name(unit, block):
-    return f"part-{unit:06}-{block:04}"
-
-
 def _ahead(pool: Executor, function: Any, values: Iterator[Any], count: int) -> Iterator[tuple[Any, Any]]:
-    """(value, function of it) in order, with `count` of them in work or waiting."""
+    """Yield (value, function of it) in order, computing up to `count` of them ahead."""
     waiting = collections.deque()
     for value in values:
         waiting.append((value, pool.submit(function, value)))
@@ -351,45 +319,57 @@ def _ahead(pool: Executor, function: Any, values: Iterator[Any], count: int) -> 
         yield value, future.result()
 
 
-def main(_) -> None:
-    logging.getLogger().setLevel(logging.WARNING)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flip embed`."""
+    options.add_model(parser)
+    parser.add_argument("--source", required=True, help="data set, KIND:REST, or with --texts a text file")
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="folder for the embeddings")
+    parser.add_argument("--texts", action="store_true", help="embed captions, or the lines of a text file")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the embeddings (default: float32)"
+    )
+    parser.add_argument(
+        "--rows", type=options.positive, default=10_000, metavar="N", help="records per part (default: 10000)"
+    )
+    parser.add_argument(
+        "--batch_size", type=options.positive, default=256, metavar="N", help="encoded together (default: 256)"
+    )
+    options.add_tfds_dir(parser)
+    parser.add_argument("--num_processes", type=options.positive, metavar="N", help="processes that share the work")
+    parser.add_argument("--process_id", type=int, metavar="I", help="this process, from 0, with --num_processes")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run `flip embed`."""
     runtime.enable_compile_cache()
-    name, texts = _SOURCE.value, _TEXTS.value
-    process, processes = _PROCESS_ID.value, _NUM_PROCESSES.value
-    try:
-        if (process is None) != (processes is None) or (processes is not None and not 0 <= process < processes):
-            raise ValueError(f"--process_id must be in [0, --num_processes), got {process} and {processes}")
-        encoder = inference.load(_MODEL.value)
-        if processes is None:  # on a TPU pod they are known
-            process, processes = jax.process_index(), jax.process_count()
-        if _TFDS_DIR.value:
-            data = dataclasses.replace(encoder.config.data, tfds_dir=_TFDS_DIR.value)
-            encoder.config = dataclasses.replace(encoder.config, data=data)
-        out = pathlib.Path(_OUT.value)
-        source = open_source(name, encoder.config.data, texts)
-        form = {"texts": texts, "file_format": _FORMAT.value, "dtype": _DTYPE.value, "rows_per_part": _ROWS.value}
-        share = {"batch_size": _BATCH_SIZE.value, "process": process, "processes": processes}
-        index = write_index(encoder, _MODEL.value, source, out, name=name, **form, **share)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    process, processes = arguments.process_id, arguments.num_processes
+    if (process is None) != (processes is None) or (processes is not None and not 0 <= process < processes):
+        raise UserError(f"--process_id must be in [0, --num_processes), got {process} and {processes}")
+    encoder = inference.load(arguments.model)
+    index_lib.refuse_classifier(encoder)
+    if processes is None:  # on a TPU pod JAX knows them
+        process, processes = jax.process_index(), jax.process_count()
+    data = encoder.config.data
+    if arguments.tfds_dir:
+        data = dataclasses.replace(data, tfds_dir=arguments.tfds_dir)
+    index = write_index(
+        encoder,
+        arguments.model,
+        open_source(arguments.source, data, arguments.texts),
+        data,
+        arguments.out,
+        name=arguments.source,
+        texts=arguments.texts,
+        dtype=arguments.dtype,
+        rows_per_part=arguments.rows,
+        batch_size=arguments.batch_size,
+        process=process,
+        processes=processes,
+    )
     if not index:
-        print(f"{out}: the share of process {process} is done, others are still at work")
+        print(f"{arguments.out}: the share of process {process} is done; other processes are still writing")
         return
-    print(f"{out}: {index['rows']} {index['embedded']} of {index['read']} records in {len(index['parts'])} parts")
+    counts = f"{index['rows']} {index['embedded']} of {index['read']} records in {len(index['parts'])} parts"
+    print(f"{arguments.out}: {counts}")
     for kind, count in index["bad"].items():
-        print(f"  bad: {count} {kind} (named in {out / BAD})")
-
-
-if __name__ == "__main__":
-    _MODEL = flags.DEFINE_string("model", None, "Folder of a run, or of one of its steps", required=True)
-    _SOURCE = flags.DEFINE_string("source", None, "KIND:REST, or a text file with --texts", required=True)
-    _OUT = flags.DEFINE_string("out", None, "Folder for the embeddings", required=True)
-    _TEXTS = flags.DEFINE_bool("texts", False, "Embed the captions (each a row), or the lines of a text file")
-    _FORMAT = flags.DEFINE_enum("format", "parquet", ["parquet", "npy"], "Of the embeddings")
-    _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of the embeddings")
-    _ROWS = flags.DEFINE_integer("rows", 10_000, "Records of a part", lower_bound=1)
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Pictures or texts encoded at once", lower_bound=1)
-    _TFDS_DIR = flags.DEFINE_string("tfds_dir", "", "As config.data.tfds_dir (default: the model's)")
-    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Among how many processes the work is split")
-    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --num_processes")
-    app.run(main)
+        print(f"  bad: {count} {kind} (listed in {arguments.out / index_lib.BAD})")

@@ -1,7 +1,7 @@
-"""What an optimised HLO module does on one device: matrix FLOPs, memory traffic, collectives and large arrays.
+"""Count what an optimized HLO module does on one device: matrix FLOPs, memory traffic, collectives, large arrays.
 
-XLA's own cost analysis counts the body of a loop once; here everything inside is multiplied by the loop's trip count.
-Written for the text of `jax.stages.Compiled.as_text()` on CPUs and what XLA dumps "after_codegen" for TPUs.
+XLA's own cost analysis counts the body of a loop once; here it is multiplied by the loop's trip count. The parser is
+written for `jax.stages.Compiled.as_text()` on CPUs and for what XLA dumps as "after_codegen" for TPUs.
 """
 
 import math
@@ -12,18 +12,19 @@ from typing import NamedTuple
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BETWEEN_SLICES = ("slices",)  # what a collective over the data centre's network has for its axes
+BETWEEN_SLICES = ("slices",)  # the axes of a collective that crosses the data center's network
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|\w*computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-# Moves nothing, or what it moves is counted inside or at its other half. A TPU's custom calls are bookkeeping.
+# These move nothing, or their traffic is counted inside them or at their other half; a TPU's custom calls are
+# bookkeeping.
 _FREE = "parameter constant tuple get-tuple-element bitcast while conditional call custom-call async-start".split()
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; `shape` is its type as text, `rest` all that follows the operands' opening bracket."""
+    """One line of a computation; `shape` is its type as text, `rest` everything after the operands' opening bracket."""
 
     name: str
     root: bool
@@ -43,7 +44,7 @@ class Collective(NamedTuple):
     axes: tuple[str, ...]
     count: int
     bytes: int
-    wire_bytes: float  # what a device must at least send
+    wire_bytes: float  # the least that a device must send
 
 
 class Module:
@@ -61,7 +62,7 @@ class Module:
                 body[found[2]] = Instruction(found[2], bool(found[1]), *found.groups()[2:])
 
     def walk(self) -> Iterator[tuple[str, Instruction, int, bool]]:
-        """(computation, instruction, times it runs in a step, whether it is part of a fusion) of all that runs."""
+        """Yield (computation, instruction, runs per step, whether it is inside a fusion) for everything that runs."""
         yield from self._walk(self.entry, 1, False)
 
     def _walk(self, name, times, fused):
@@ -84,7 +85,7 @@ class Module:
         return limits.pop() if len(limits) == 1 else 1
 
     def flops(self) -> tuple[float, float]:
-        """Operations of the matrix products, and the same weighted by bf16 passes (6 for "highest" precision)."""
+        """Return the operations of all matrix products, and the same weighted by bf16 passes (6 for "highest")."""
         total = passes = 0.0
         for name, instruction, times, _ in self.walk():
             if instruction.op in ("dot", "convolution"):
@@ -113,7 +114,7 @@ class Module:
         return count
 
     def hbm_bytes(self) -> float:
-        """Bytes read from and written to the main memory; arrays that the compiler keeps on the chip are left out."""
+        """Return the bytes read from and written to main memory, without arrays that stay in on-chip memory."""
         total = 0
         for name, instruction, times, fused in self.walk():
             if not fused and instruction.op not in _FREE and not instruction.op.endswith("-done"):
@@ -134,7 +135,7 @@ class Module:
         return _hbm(shapes) + sum(_hbm(body[o].shape) for o in instruction.operands)
 
     def _read(self, body, parameter):
-        """Bytes that a fusion reads of its parameter: of one that is only sliced, the slices."""
+        """Return the bytes that a fusion reads of a parameter: only the slices, if it is only sliced."""
         names = [i.name for i in body.values() if i.op == "parameter" and int(i.rest.split(")")[0]) == parameter]
         total = 0
         for user in body.values():
@@ -147,12 +148,12 @@ class Module:
                     total += self._read(self.computations[_called(user)[0]], n)
                 elif user.op in ("slice", "dynamic-slice", "gather") and n == 0:
                     total += nbytes(user.shape)
-                elif user.op != "dynamic-update-slice" or n != 0:  # which writes in place
+                elif user.op != "dynamic-update-slice" or n != 0:  # it writes in place, so it does not read
                     return math.inf
         return total
 
     def _written(self, body, name=None):
-        """Bytes that a fusion writes: of an array that is updated in place, the update."""
+        """Return the bytes that a fusion writes: only the update, if an array is updated in place."""
         instruction = body[name] if name else next(i for i in body.values() if i.root)
         if instruction.op in ("tuple", "bitcast"):
             return sum(self._written(body, operand) for operand in instruction.operands)
@@ -163,9 +164,9 @@ class Module:
         return nbytes(instruction.shape)
 
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
-        """What a step sends between devices, by kind and axes of `mesh` (name to size, as in `Mesh.shape`).
+        """Sum up a step's collectives by kind and axes of `mesh` (name to size, as in `Mesh.shape`).
 
-        What goes from one TPU slice to another has `BETWEEN_SLICES` for its axes.
+        Those between TPU slices have the axes `BETWEEN_SLICES`.
         """
         found: dict[tuple, list] = {}
         chains = set()
@@ -181,13 +182,13 @@ class Module:
         return [Collective(*key, *total) for key, total in sorted(found.items())]
 
     def _within_slice(self, name, instruction, mesh, chains):
-        """(kind, mesh axes, how many take part, bytes of the larger side); None if it is none, or a known one."""
-        # On TPUs a reduce-scatter is an all-reduce in a fusion that keeps a part of it.
+        """Return (kind, mesh axes, members, bytes of the larger side); None if not a collective or counted before."""
+        # On TPUs a reduce-scatter is an all-reduce inside a fusion that keeps one part.
         scattered = instruction.op == "all-reduce" and name.startswith("all-reduce-scatter")
         op = "reduce-scatter" if scattered else instruction.op.removesuffix("-start")
         if op not in COLLECTIVES:
             return None
-        # An asynchronous collective stands in each of the fusions that it runs beside.
+        # An asynchronous collective is repeated in every fusion that it overlaps with.
         if chain := re.search(r'chain_id="(\d+)"', instruction.rest):
             if chain[1] in chains:
                 return None
@@ -200,7 +201,7 @@ class Module:
         return op, axes, members.shape[1], size
 
     def largest(self, count: int = 5) -> list[tuple[int, str, str]]:
-        """(bytes, type and shape, operation of the model) of the largest arrays in main memory that are computed."""
+        """Return (bytes, type and shape, operation of the model) of the largest computed arrays in main memory."""
         found = {}
         for _, instruction, _, fused in self.walk():
             if fused or instruction.op in _FREE:
@@ -213,7 +214,7 @@ class Module:
 
 
 def _between_slices(instruction: Instruction) -> tuple[str, tuple[str, ...], int, int] | None:
-    """As `Module._within_slice`, of a collective over slices: the hosts' transfers, of which the larger side counts."""
+    """`Module._within_slice` for collectives between slices, which are transfers between hosts."""
     if instruction.op not in ("send", "recv"):
         return None
     transfer = re.search(r'_xla_megascale_target="\{([\d,:]+)\}.*_transfer_type="(\w+)"', instruction.rest)
@@ -226,7 +227,7 @@ def _between_slices(instruction: Instruction) -> tuple[str, tuple[str, ...], int
 
 
 def groups(attributes: str, devices: int) -> np.ndarray:
-    """The devices that a collective joins, [groups, members], from any of the forms in which XLA writes them."""
+    """Parse the devices that a collective joins, [groups, members], from any of the forms that XLA writes."""
     if found := re.search(
         r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", attributes
     ):
@@ -249,12 +250,12 @@ def _iota(shape, order, devices):
 
 
 def nbytes(shape: str) -> int:
-    """Bytes of an array or of a tuple's arrays, given as HLO text."""
+    """Return the bytes of an array, or of all arrays of a tuple, given as HLO text."""
     return sum(_size(*array) for array in _ARRAY.findall(shape))
 
 
 def _hbm(shape: str) -> int:
-    """As `nbytes`, without the arrays whose layout names another memory than the main one, S(0)."""
+    """`nbytes` without arrays whose layout names a memory space other than main memory, S(0)."""
     return sum(_size(*array) for array in _ARRAY.findall(shape) if "S(" not in array[2])
 
 

@@ -1,16 +1,17 @@
-"""Any source as evenly filled, shuffled webdataset shards: python -m flip_jax.prepare_data SOURCE OUT --shards=N
+"""Rewrite a data set as evenly filled, shuffled webdataset shards.
 
-For sources with fewer shards than processes, of paths, or in an order that a shuffle window cannot undo. Records that
-cannot be used are counted and left out. Pictures are copied as they are; with --shortest_side=PX those that are larger
-are reduced and encoded anew. A run that was killed goes on where it was, and writes the same bytes.
+Use it for data sets with fewer shards than training processes, for lists of paths, and for data in an order that a
+shuffle window cannot undo. Records that cannot be used are counted and skipped. Images are copied unchanged; with
+--shortest_side=PX larger ones are reduced and written as JPEG. After an interruption the same command resumes, and
+writes the same bytes.
 """
 
+import argparse
 import io
 import json
 import os
 import pathlib
 import random
-import sys
 import tarfile
 from collections import Counter
 from itertools import groupby
@@ -20,44 +21,49 @@ from PIL import Image
 from tqdm import tqdm
 
 from flip_jax.config import DataConfig
-from flip_jax.data import records, sources, transforms
-from flip_jax.tools import inspect
+from flip_jax.data import records, transforms
+from flip_jax.runtime import UserError
+from flip_jax.tools import inspect, options
 
-HELD = 2**28  # bytes in memory before they are written out
-DECODED = 64  # pixels, of the picture that is made to see whether one can be
-QUALITY = 95  # of JPEG
+EXAMPLE = "flip prepare csv:/data/pairs.csv /data/pairs --shards=256 --shortest_side=256"
+
+HELD = 2**28  # bytes held in memory before they are written
+DECODED = 64  # pixels of the image that is decoded to see whether training can use it
+QUALITY, MAX_SIDE = 95, 65_500  # of a JPEG; libjpeg refuses longer sides
 
 
 class Preparation:
-    """The folder OUT: progress.json, and of each shard a part (its records as they came), then the tar (shuffled).
+    """The folder OUT: progress.json, and for each shard a part (records in source order), then the tar (shuffled).
 
-    Of each N records that follow one another in the source, every one of the N shards gets one, in a random order. So
-    shards differ by one record at most, and need neither a count beforehand nor much memory.
+    Each block of N consecutive records gives one record to each of the N shards, in a random order. So shard sizes
+    differ by at most one record, without counting the records first and without holding many in memory.
     """
 
     def __init__(self, out: pathlib.Path, settings: dict[str, Any]):
         self.out, self.settings, self.shards = out, settings, settings["shards"]
-        self.items = self.read = self.written = 0  # items of the source that are finished; records
-        self.bad: Counter = Counter()
+        self.items = self.read = self.written = 0  # finished items of the source; records
+        self.bad: Counter[str] = Counter()
         self._saved = [0] * self.shards  # bytes of each part
         self._held = [bytearray() for _ in range(self.shards)]
         self._unsaved = self._in_memory = 0  # bytes
-        self._block, self._order = -1, []  # N records, and the shards they go to
+        self._block, self._order = -1, []  # the current N records, and the shards they go to
         self._file = out / "progress.json"
         if self._file.exists():
             saved = json.loads(self._file.read_text())
             if saved["settings"] != settings:
-                raise ValueError(f"OUT {str(out)!r} was begun with {saved['settings']}, not {settings}; use another")
+                raise UserError(
+                    f"--out {str(out)!r} was started with {saved['settings']}, not {settings}: use another folder"
+                )
             self.items, self.read, self.written = saved["items"], saved["read"], saved["written"]
             self.bad, self._saved = Counter(saved["bad"]), saved["part_bytes"]
         else:
-            out.mkdir(parents=True, exist_ok=True)
+            options.make_folder("--out", out)
             if set(os.listdir(out)) - {"progress.new"}:
-                raise ValueError(f"OUT {str(out)!r} is not empty, and was not begun by this tool; use another")
+                raise UserError(f"--out {str(out)!r} is not empty and not from this command: use another folder")
             self._save()
 
     def deal(self, source: Any, data: DataConfig) -> None:
-        """Adds the records of the source, from where progress.json says on, to the parts."""
+        """Append the records of the source to the parts, from where progress.json stopped."""
         for shard, size in enumerate(self._saved):
             if size:
                 os.truncate(self._part(shard, at_least=size), size)
@@ -108,7 +114,10 @@ class Preparation:
         self._in_memory = 0
 
     def _save(self):
-        """Writes all that is held, and that it is there; records after the last finished item must not be held."""
+        """Write what is held, then record it in progress.json.
+
+        No record of an unfinished item may be held: progress.json counts whole items only.
+        """
         self._write_out()
         sizes = [part.stat().st_size if (part := self._part(i)).exists() else 0 for i in range(self.shards)]
         counts = {"items": self.items, "read": self.read, "written": self.written, "bad": self.bad}
@@ -118,9 +127,11 @@ class Preparation:
         self._saved, self._unsaved = sizes, 0
 
     def finish(self) -> None:
-        """Turns each part into a tar, its records in a random order. ValueError if there are too few."""
+        """Turn each part into a tar, its records in a random order; UserError if there are too few records."""
         if self.written < self.shards:
-            raise ValueError(f"{self.written} of {self.read} records can be used, too few for {self.shards} shards")
+            raise UserError(
+                f"{self.written} of {self.read} records can be used, too few for --shards={self.shards}: lower it"
+            )
         for shard in tqdm(range(self.shards), unit=" shards", mininterval=1):
             tar = self.out / f"{shard:05}.tar"
             if not tar.exists():
@@ -132,12 +143,12 @@ class Preparation:
     def _part(self, shard, at_least=0):
         part = self.out / f"{shard:05}.part"
         if at_least and (not part.exists() or part.stat().st_size < at_least):
-            raise ValueError(f"{part} has lost what was written to it: delete {self.out} and start again")
+            raise UserError(f"{part} is shorter than progress.json says: delete {self.out} and start again")
         return part
 
 
-def members(record: sources.Record, shortest_side: int | None, data: DataConfig) -> list[tuple[str, bytes]]:
-    """The files of a webdataset sample, as (extension, content). BadImage if the record cannot be used."""
+def members(record: records.Record, shortest_side: int | None, data: DataConfig) -> list[tuple[str, bytes]]:
+    """Return a webdataset sample's files as (extension, content); BadImage if training cannot use the record."""
     inspect.decode(record, DECODED, data)
     extension, image = reduced(record["image"], shortest_side)
     texts = record["texts"]
@@ -150,24 +161,29 @@ def members(record: sources.Record, shortest_side: int | None, data: DataConfig)
 
 
 def reduced(data: bytes, shortest_side: int | None) -> tuple[str, bytes]:
-    """An encoded picture's extension and bytes; if its shorter side is above `shortest_side` pixels, a JPEG of that."""
+    """Return an encoded image's extension and bytes, as a smaller JPEG if its shorter side is above `shortest_side`."""
     image = Image.open(io.BytesIO(data), formats=transforms.FORMATS)
     if not shortest_side or min(image.size) <= shortest_side:
-        extension = image.format.lower()  # readers know other formats by their content, whatever they are called
+        # Readers recognise other formats by their content, whatever the extension says.
+        extension = image.format.lower()
         return extension if extension in records.IMAGES and extension != "jpeg" else "jpg", data
+    # A JPEG decodes to a half, quarter or eighth for less; twice the target size is enough.
+    image.draft(None, [2 * side * shortest_side // min(image.size) for side in image.size])
     try:
-        image.draft(None, [2 * side * shortest_side // min(image.size) for side in image.size])  # if JPEG, not smaller
-        image = Image.fromarray(transforms.upright_rgb(image))
-        size = [max(1, round(side * shortest_side / min(image.size))) for side in image.size]
-        out = io.BytesIO()
-        image.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=QUALITY)
-    except Exception as error:  # as `transforms.decode`; and no JPEG is longer than 65,535 pixels
+        image.load()
+    except Exception as error:  # Pillow raises errors of many types for damaged files
         raise transforms.BadImage("image cannot be reduced") from error
+    image = Image.fromarray(transforms.upright_rgb(image))
+    size = [max(1, round(side * shortest_side / min(image.size))) for side in image.size]
+    if max(size) > MAX_SIDE:
+        raise transforms.BadImage("image cannot be reduced")
+    out = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=QUALITY)
     return "jpg", out.getvalue()
 
 
 def shuffle(part: pathlib.Path, path: pathlib.Path, seed: str) -> None:
-    """The samples of a tar in a random order as another, without holding more than one."""
+    """Copy a tar with its samples in a random order, holding one sample at a time."""
     with tarfile.open(part, "r:") as tar, open(part, "rb") as source, open(path, "wb") as target:
         samples = [list(files) for _, files in groupby(tar, key=lambda file: file.name.partition(".")[0])]
         random.Random(seed).shuffle(samples)
@@ -175,11 +191,15 @@ def shuffle(part: pathlib.Path, path: pathlib.Path, seed: str) -> None:
             source.seek(files[0].offset)
             end = files[-1].offset_data + files[-1].size
             target.write(source.read(end + -end % tarfile.BLOCKSIZE - files[0].offset))
-        target.write(bytes(2 * tarfile.BLOCKSIZE))  # the end mark
+        target.write(bytes(2 * tarfile.BLOCKSIZE))  # end-of-archive marker
 
 
 def prepare(source: Any, data: DataConfig, out: pathlib.Path, settings: dict[str, Any]) -> Preparation:
-    """Writes, or goes on to write, the shards. ValueError if OUT is of something else, or records are too few."""
+    """Write the shards, or resume writing them.
+
+    Raises:
+      UserError: `out` holds something else, or there are fewer usable records than shards.
+    """
     preparation = Preparation(out, settings)
     if preparation.items < len(source):
         preparation.deal(source, data)
@@ -189,24 +209,22 @@ def prepare(source: Any, data: DataConfig, out: pathlib.Path, settings: dict[str
     return preparation
 
 
-def main() -> None:
-    parser = inspect.parser("Rewrites a source as evenly filled, shuffled webdataset shards.")
-    parser.add_argument("out", metavar="OUT", type=pathlib.Path, help="folder for the shards")
-    parser.add_argument("--shards", type=inspect.positive, required=True, metavar="N")
-    parser.add_argument("--shortest_side", type=inspect.positive, metavar="PX", help="reduce larger pictures")
-    parser.add_argument("--seed", type=int, default=0, help="of the order")
-    arguments = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flip prepare`."""
+    options.add_source(parser, out=True)
+    parser.add_argument("--shards", type=options.positive, required=True, metavar="N", help="number of shards")
+    parser.add_argument("--shortest_side", type=options.positive, metavar="PX", help="reduce larger images to this")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order (default: 0)")
+    inspect.add_reading(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run `flip prepare`."""
+    options.require(arguments, "source", "out")
     settings = {name: getattr(arguments, name) for name in ("source", "captions", "shards", "shortest_side", "seed")}
-    try:
-        source, data = inspect.open_source(arguments)
-        done = prepare(source, data, arguments.out, settings | {"items": len(source)})
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    source, data = inspect.open_source(arguments)
+    done = prepare(source, data, pathlib.Path(arguments.out), settings | {"items": len(source)})
     print(f"{done.read} records read: {done.written} written to {done.shards} shards, {done.bad.total()} bad")
     for kind, count in done.bad.most_common():
         print(f"  bad: {count} {kind}")
     print(f"webdataset:{arguments.out}/{{00000..{done.shards - 1:05}}}.tar")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,97 +1,104 @@
-"""Pictures of a run: python -m flip_jax.report --workdir=DIR [--queries="red heart,dog"]
+"""Draw a run's loss and accuracy, and the evaluation images that its model ranks first for text queries.
 
-Writes loss.png, zeroshot.png and retrieval.png to DIR/report; of a fine-tuned classifier loss.png and classify.png.
+Writes loss.png, zeroshot.png and retrieval.png to RUN/report, and prints the last accuracy; for a fine-tuned classifier
+loss.png and classify.png.
 """
 
+import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, flags
+from matplotlib.figure import Figure
 
 from flip_jax import evaluators
 from flip_jax.data import pipeline
 from flip_jax.evaluators import zeroshot
 from flip_jax.inference import Encoder, load
+from flip_jax.runtime import UserError
+from flip_jax.tools import drawing, options
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
-_QUERIES = flags.DEFINE_list("queries", None, "Texts to look pictures up by (default: eight of the class names)")
-SHOWN = 8  # pictures for each query
+EXAMPLE = 'flip report --model=runs/b16 --queries="red heart,dog"'
+
+SHOWN = 8  # images per query
 
 
 def curve(lines: list[dict[str, float]], names: dict[str, str], ylabel: str, path: pathlib.Path) -> None:
-    """Draws the metrics {name: label} over samples seen, as far as there are any."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    """Draw the metrics {name: label} over samples seen; one that was never logged is an empty curve."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, label in names.items():
         points = [(line["samples_seen"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", markersize=3, label=label)
     axes.set(xlabel="samples seen", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    drawing.save(figure, path)
 
 
 def retrieval(encoder: Encoder, source: str, queries: Sequence[str], path: pathlib.Path) -> None:
-    """A row for each query: the pictures of `source` whose embeddings are nearest, the best first."""
+    """Draw a row for each query: the images of `source` with the nearest embeddings, best first."""
     images, embeddings = [], []
     for batch in pipeline.eval_dataset(source, encoder.config):
         images.append(batch["image"][batch["mask"]])
         embeddings.append(np.asarray(encoder.encode_image(batch["image"]))[batch["mask"]])
     images, embeddings = np.concatenate(images), np.concatenate(embeddings)
     nearest = np.argsort(-encoder.encode_text(queries) @ embeddings.T, axis=1)[:, :SHOWN]
-    figure, grid = plt.subplots(len(queries), SHOWN, figsize=(SHOWN, 1.2 * len(queries)), squeeze=False)
-    for query, ids, row in zip(queries, nearest, grid, strict=True):
-        row[0].set_title(query, loc="left", fontsize=10)
-        for axes in row:
-            axes.axis("off")
-        for index, axes in zip(ids, row, strict=False):
-            axes.imshow(images[index])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    rows = []
+    for query, indices in zip(queries, nearest, strict=True):
+        captions = [query] + [""] * (len(indices) - 1)
+        rows.append([(caption, images[index]) for caption, index in zip(captions, indices, strict=True)])
+    figure = Figure(figsize=(1.2 * SHOWN, 1.5 * len(queries)), layout="constrained")
+    drawing.grid(figure, rows, SHOWN, caption_width=20)
+    drawing.save(figure, path)
 
 
-def report(workdir: pathlib.Path, queries: Sequence[str] | None) -> None:
-    """Draws the pictures of a run, and prints its last accuracy.
+def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+    """Read a run's metrics.jsonl; UserError if it is missing."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): --model must be the folder of a run") from error
+
+
+def report(folder: pathlib.Path, queries: Sequence[str]) -> None:
+    """Draw the figures of a run, and print its last accuracy.
 
     Raises:
-      ValueError: there is no complete checkpoint, or the data of the evaluation are not there.
-      OSError: there are no metrics.
+      UserError: there are no metrics or no complete checkpoint, or the evaluation's data are missing.
     """
-    folder = workdir / "report"
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    encoder = load(workdir)
-    folder.mkdir(exist_ok=True)
+    lines = read_metrics(folder / "metrics.jsonl")
+    encoder = load(folder)
+    out = folder / "report"
+    options.make_folder("--model", out)
     kind, loss = ("classify", "cross-entropy") if encoder.config.finetune.classes else ("zeroshot", "InfoNCE")
-    curve(lines, {"loss": "training loss"}, loss, folder / "loss.png")
+    curve(lines, {"loss": "training loss"}, loss, out / "loss.png")
     task = next((task for task in evaluators.tasks(encoder.config) if task.startswith(f"{kind}/")), "")
     top1, top5 = f"{task}/top1", f"{task}/top5"
     result = ""
     if scores := [line for line in lines if top1 in line]:
         result = f"{kind} top-1 {scores[-1][top1]:.2f} % top-5 {scores[-1][top5]:.2f} %"
-        curve(lines, {top1: "top-1", top5: "top-5"}, f"{kind} accuracy (%)", folder / f"{kind}.png")
+        curve(lines, {top1: "top-1", top5: "top-5"}, f"{kind} accuracy (%)", out / f"{kind}.png")
     if kind == "zeroshot" and task:
         _, dataset = evaluators.find(task, encoder.config)
         names = dataset.classes
         queries = queries or [names[i] for i in np.linspace(0, len(names) - 1, 8).astype(int)]
-        retrieval(encoder, dataset.test, queries, folder / "retrieval.png")
+        retrieval(encoder, dataset.test, queries, out / "retrieval.png")
         result = result and zeroshot.summary(scores[-1][top1], scores[-1][top5], len(names))
-    print(f"report: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    print(f"report: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
     if result:
         print(result)
 
 
-def main(_) -> None:
-    plt.switch_backend("agg")
-    try:
-        report(pathlib.Path(_WORKDIR.value), _QUERIES.value)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flip report`."""
+    options.add_model(parser, help="folder of the run")
+    parser.add_argument(
+        "--queries", default="", metavar="TEXT,...", help="texts to rank images for (default: eight class names)"
+    )
 
 
-if __name__ == "__main__":
-    app.run(main)
+def main(arguments: argparse.Namespace) -> None:
+    """Run `flip report`."""
+    report(pathlib.Path(arguments.model), [text for text in arguments.queries.split(",") if text])

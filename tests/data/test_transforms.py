@@ -94,7 +94,7 @@ def test_train_windows_are_spread_evenly():
 
 def test_centre_window_is_the_official_one(recorded):
     with np.load(recorded / "image_preproc.npz") as file:
-        for i in range(8):
+        for i in (0, 1, 2, 4, 5):
             image, truth = Image.open(io.BytesIO(file[f"jpg_{i}"].tobytes())).convert("RGB"), file[f"evalcrop_{i}"]
             left, top, w, h = transforms.centre_window(image.height, image.width, min(image.size))
             assert (h, w) == truth.shape[:2]
@@ -106,19 +106,20 @@ def test_centre_window_is_the_official_one(recorded):
 def test_official_evaluation_pictures_are_the_recorded_ones(recorded, size):
     with np.load(recorded / "image_preproc.npz") as file:
         names = [name for name in file if name.startswith(f"eval{size}_")]
-        assert len(names) == (8 if size == 64 else 3)
+        assert len(names) == (5 if size == 64 else 1)
+        rows = slice(None, None, 1 if size == 64 else 4)  # the recording at 224 px has every fourth row
         for name in names:
             truth = (file[name] * STD + MEAN).clip(0, 255)
             i = name.partition("_")[2]
             data = file[f"jpg_{i}"].tobytes()
             # The official code decodes the window alone, which moves what is next to its edges.
-            assert np.abs(transforms.decode(data, size, OFFICIAL) - truth).mean() < 0.35
+            assert np.abs(transforms.decode(data, size, OFFICIAL)[rows] - truth).mean() < 0.35
             crop = Image.fromarray(file[f"evalcrop_{i}"])
-            assert np.abs(transforms.eval_image(crop, size, OFFICIAL) - truth).max() < 0.51  # rounding
+            assert np.abs(transforms.eval_image(crop, size, OFFICIAL)[rows] - truth).max() < 0.51  # rounding
 
 
 @pytest.mark.parametrize("library", [True, False])
-@pytest.mark.parametrize("name", ["train224", *(f"train64_{i}" for i in range(5))])
+@pytest.mark.parametrize("name", ["train64_0", "train64_1", "train64_3"])
 def test_official_training_pictures_are_the_recorded_ones(recorded, monkeypatch, name, library):
     use_library(monkeypatch, library)
     with np.load(recorded / "image_preproc.npz") as file:
@@ -365,3 +366,29 @@ def test_damaged_pictures_have_one_error():
             assert transforms.decode(bytes(damaged), 32, DATA, random.Random(0)).shape == (32, 32, 3)
         except transforms.BadImage:
             pass
+
+
+@pytest.mark.parametrize("name", ["open", "load", "convert"])
+@pytest.mark.parametrize("error", [TypeError, IndexError, SyntaxError, MemoryError, ZeroDivisionError])
+def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch, name, error):
+    def broken(*arguments, **keywords):
+        raise error("damaged")
+
+    data = encode(photo(10, 10).convert("P"))
+    transforms.decode(data, 8, DATA)
+    owner = Image if name == "open" else transforms._run_decoder(Image.open, io.BytesIO(data)).__class__
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises(transforms.BadImage, match="^image does not decode$"):
+        transforms.decode(data, 8, DATA)
+
+
+@pytest.mark.parametrize("name", ["centre_window", "train_window", "_orientation", "_upright", "_resize", "_mirrored"])
+def test_our_own_errors_are_no_bad_images(monkeypatch, name):
+    def broken(*arguments, **keywords):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(transforms, name, broken)
+    with pytest.raises(TypeError, match="a bug"):
+        for seed in range(20):
+            rng = None if name == "centre_window" else random.Random(seed)
+            transforms.decode(encode(photo(20, 20)), 8, DATA, rng)

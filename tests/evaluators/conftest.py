@@ -1,4 +1,4 @@
-"""Fixtures of the evaluators' tests."""
+"""Fixtures for the tests of the evaluators."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,10 @@ from helpers import Features, picture, write_samples
 
 @pytest.fixture
 def task(tmp_path):
-    """A function: features and labels of a training and a test split to the task's name after "/", and an encoder."""
+    """Returns a function that writes a training and a test split of given (features, labels).
+
+    It returns the task's data set, "SOURCE;train=SOURCE", and an encoder that gives each image its features.
+    """
 
     def build(train, test, devices=8):
         (x, label), (test_x, test_label) = train, test

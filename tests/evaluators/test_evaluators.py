@@ -1,23 +1,27 @@
-"""Evaluation: tasks, data sets and labels, and accuracies whose true values are known from the embeddings."""
+"""Tasks, datasets, labels and zero-shot accuracies, against values computed by NumPy from the embeddings."""
 
+import dataclasses
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 from etils import epath
-from helpers import REPO, SIZE, Known, eval_config, picture, unit, write_samples
+from helpers import REPO, SIZE, Known, eval_config, picture, run_command, unit, write_samples
 
 from flip_jax import evaluators
-from flip_jax.evaluators import datasets
+from flip_jax.config import FinetuneConfig
+from flip_jax.evaluators import datasets, known
+from flip_jax.runtime import UserError
 
 
 @pytest.fixture
 def classified(tmp_path):
-    """37 pictures of 7 classes in CLIP_benchmark's layout, embeddings, and the class embeddings."""
+    """Writes 37 images of 7 classes in CLIP_benchmark's layout; returns source, labels, image and class embeddings."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 6, 37)  # the last class has no picture
+    labels = rng.integers(0, 6, 37)  # the last class has no image
     write_samples(tmp_path / "test" / "0.tar", [{"png": picture(i), "cls": b"%d" % y} for i, y in enumerate(labels)])
     (tmp_path / "classnames.txt").write_text("".join(f"class {c}\n" for c in range(7)))
     (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}\n")
@@ -26,7 +30,7 @@ def classified(tmp_path):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("batch_size", [16, 40])
-def test_accuracies_are_those_of_numpy_whatever_the_batch_and_the_devices(classified, devices, batch_size):
+def test_accuracies_match_numpy_for_any_batch_size_and_device_count(classified, devices, batch_size):
     source, labels, image_NxE, class_CxE = classified
     encoder = Known(image_NxE, {f"class {c}": class_CxE[c] for c in range(7)}, devices)
     settings = eval_config(f"zeroshot/{source}", batch_size=batch_size)
@@ -38,40 +42,40 @@ def test_accuracies_are_those_of_numpy_whatever_the_batch_and_the_devices(classi
     assert found == pytest.approx({f"zeroshot/{source}/{name}": value for name, value in expected.items()})
 
 
-def test_a_model_that_gives_no_numbers_finds_nothing(classified):
+def test_model_that_returns_nan_scores_zero(classified):
     source, _, image_NxE, _ = classified
     encoder = Known(np.full_like(image_NxE, np.nan), {f"class {c}": np.full(8, np.nan) for c in range(7)})
     assert set(dict(evaluators.run(encoder, eval_config(f"zeroshot/{source}"))).values()) == {0.0}
 
 
 def labels_of(task, settings):
-    """The labels and masks of all rows of a task's data set."""
+    """Returns a task's data set and the labels and masks of all its rows."""
     _, dataset = evaluators.find(task, settings)
     batches = list(datasets.labelled(dataset, settings))
     return dataset, np.concatenate([b["label"] for b in batches]), np.concatenate([b["mask"] for b in batches])
 
 
-def write_folders(root, names, pictures=1):
+def write_folders(root, names, images=1):
     for i, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        for j in range(pictures):
+        for j in range(images):
             (root / name / f"{j}.PNG").write_bytes(picture(i))
-        (root / name / "notes.txt").write_text("no picture")
+        (root / name / "notes.txt").write_text("not an image")
     return root
 
 
-def test_a_folder_for_each_class(tmp_path):
-    write_folders(tmp_path, ["red_fox", "owl"], pictures=3)
+def test_folder_per_class(tmp_path):
+    write_folders(tmp_path, ["red_fox", "owl"], images=3)
     dataset, label, mask = labels_of(f"zeroshot/folder:{tmp_path}", eval_config(batch_size=8))
     assert dataset.classes == ("owl", "red fox") and dataset.templates == ("a photo of a {}.",)
     assert label[mask].tolist() == [0, 0, 0, 1, 1, 1] and mask.sum() == 6
 
 
-def test_classes_are_found_by_their_names_and_others_left_out(tmp_path):
-    """ImageNet-A has 200 of ImageNet's classes, which folders and TFDS call by their WordNet numbers."""
-    classes, wnids = datasets.recorded_classes("imagenet_a")
+def test_classes_are_matched_by_name_and_other_classes_ignored(tmp_path):
+    """Checks ImageNet-A: 200 of ImageNet's classes, whose folders are named by WordNet ids."""
+    classes, wnids = known.recorded_classes("imagenet_a")
     assert len(classes) == len(wnids) == 200
-    folders = [*wnids[::-1], "n01440764"]  # a tench, which is not of ImageNet-A
+    folders = [*wnids[::-1], "n01440764"]  # the tench is not in ImageNet-A
     write_folders(tmp_path, folders)
     dataset, label, mask = labels_of(f"zeroshot/imagenet_a=folder:{tmp_path}", eval_config(batch_size=64))
     names = sorted(folders)
@@ -81,13 +85,13 @@ def test_classes_are_found_by_their_names_and_others_left_out(tmp_path):
     assert len(evaluators.find(f"zeroshot/imagenet_a_80=folder:{tmp_path}", eval_config())[1].templates) == 80
 
 
-def test_folders_without_any_name_of_a_class_go_by_their_order(tmp_path):
-    write_folders(tmp_path, [f"{i:05}" for i in range(43)])  # as GTSRB's
+def test_folders_that_match_no_class_name_are_matched_by_order(tmp_path):
+    write_folders(tmp_path, [f"{i:05}" for i in range(43)])  # the folder names of GTSRB
     _, label, mask = labels_of(f"zeroshot/gtsrb=folder:{tmp_path}", eval_config(batch_size=64))
     assert label[mask].tolist() == list(range(43))
 
 
-def test_tars_of_another_order_go_by_their_names(tmp_path):
+def test_tars_with_class_names_are_matched_by_name(tmp_path):
     names = ["ship", "truck", "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"]
     write_samples(tmp_path / "test" / "0.tar", [{"png": picture(0), "cls": b"%d" % i} for i in range(10)])
     (tmp_path / "classnames.txt").write_text("\n".join(names))
@@ -102,9 +106,9 @@ def test_tars_of_another_order_go_by_their_names(tmp_path):
         ([f"class {i}" for i in range(9)], "has other classes than cifar10: 9 .* wanted 10"),
     ],
 )
-def test_a_source_of_other_classes_is_refused(tmp_path, names, message):
+def test_source_with_other_classes_is_refused(tmp_path, names, message):
     write_folders(tmp_path, names)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         labels_of(f"zeroshot/cifar10=folder:{tmp_path}", eval_config())
 
 
@@ -113,27 +117,27 @@ def test_a_source_of_other_classes_is_refused(tmp_path, names, message):
     [
         (
             [{"cls": b"0"}, {"cls": b"7"}, {"cls": b"8"}],
-            "2 of 3 pictures of a batch: the first, 0.tar/s00001, has label 7, outside",
+            "2 of 3 images of a batch: the first, 0.tar/s00001, has label 7, outside",
         ),
-        ([{"cls": b"0"}, {"txt": b"a"}], "1 of 2 pictures of a batch: the first, 0.tar/s00001, has no label"),
-        ([{"cls": b"0", "png": b"no picture"}], "none of the 1 pictures of .* can be used"),
+        ([{"cls": b"0"}, {"txt": b"a"}], "1 of 2 images of a batch: the first, 0.tar/s00001, has no label"),
+        ([{"cls": b"0", "png": b"not an image"}], "none of the 1 images of .* can be used"),
     ],
 )
 def test_labels_outside_the_classes_and_empty_splits_are_refused(classified, tmp_path, samples, message):
     source, _, image_NxE, _ = classified
     write_samples(tmp_path / "test" / "0.tar", [{"png": picture(0)} | parts for parts in samples])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         dict(evaluators.run(Known(image_NxE, {}), eval_config(f"zeroshot/{source}")))
 
 
-def test_names_that_differ_in_punctuation_alone(tmp_path):
-    """As those of emoji: keycaps of # and *."""
+def test_class_names_may_differ_only_in_punctuation(tmp_path):
+    """Checks names of emoji, the keycaps # and *."""
     write_folders(tmp_path, ["keycap #", "keycap *", "owl"])
     _, label, mask = labels_of(f"zeroshot/emoji=folder:{tmp_path}", eval_config())
     assert label[mask].tolist() == [0, 1, 2]
 
 
-def test_names_of_a_file_replace_those_of_the_source(tmp_path):
+def test_classnames_file_replaces_the_names_of_the_source(tmp_path):
     write_folders(tmp_path / "x", ["n1", "n2", "owl"])
     for text, count in (("owl\nfox\ndog", 3), ("owl\nfox", 2)):
         (tmp_path / "names.txt").write_text(text)
@@ -142,34 +146,43 @@ def test_names_of_a_file_replace_those_of_the_source(tmp_path):
             dataset, label, mask = labels_of(f"zeroshot/folder:{tmp_path}/x", settings)
             assert dataset.classes == ("owl", "fox", "dog") and label[mask].tolist() == [0, 1, 2]
         else:
-            with pytest.raises(ValueError, match="has other classes than .*: 3 .* wanted 2"):
+            with pytest.raises(UserError, match="has other classes than .*: 3 .* wanted 2"):
                 labels_of(f"zeroshot/folder:{tmp_path}/x", settings)
 
 
-def test_the_table_of_the_docs_is_that_of_the_code():
-    assert datasets.listing() in (REPO / "docs" / "evaluation.md").read_text()
+def test_docs_contain_the_table_of_datasets():
+    assert known.listing() in (REPO / "docs" / "evaluation.md").read_text()
 
 
-def test_prompts_without_a_place_for_the_name_are_refused(classified, tmp_path):
+def test_prompt_without_braces_is_refused(classified, tmp_path):
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na photo\n")
-    with pytest.raises(ValueError, match="each prompt needs one {} for the class name, got 'a photo'"):
+    with pytest.raises(UserError, match="each prompt needs one {} for the class name, got 'a photo'"):
         evaluators.find(f"zeroshot/webdataset:{tmp_path}/test/*.tar", eval_config(batch_size=56))
 
 
-def test_class_names_of_a_file(classified, tmp_path):
+def test_classnames_file_is_read_and_checked(classified, tmp_path):
     source = f"webdataset:{tmp_path}/test/*.tar"
     (tmp_path / "classnames.txt").unlink()
-    with pytest.raises(ValueError, match="has no class names of its own: config.eval.classnames must be a file"):
+    with pytest.raises(UserError, match="has no class names: config.eval.classnames must be a file"):
         evaluators.find(f"zeroshot/{source}", eval_config(batch_size=24))
     for file, text in {"lines.txt": "red fox\nowl\n", "list.json": json.dumps(["red fox", "owl"])}.items():
         (tmp_path / file).write_text(text)
         _, dataset = evaluators.find(f"zeroshot/{source}", eval_config(classnames=str(tmp_path / file)))
         assert dataset.classes == ("red fox", "owl")
     (tmp_path / "twice.txt").write_text("owl\nfox\nowl\nfox\nowl\n")
-    with pytest.raises(ValueError, match="3 of the 5 class names are repeated, first 'owl'"):
+    with pytest.raises(UserError, match="3 of the 5 class names are repeated, first 'owl'"):
         evaluators.find(f"zeroshot/{source}", eval_config(classnames=str(tmp_path / "twice.txt")))
-    with pytest.raises(ValueError, match="config.eval.classnames must be a file .* got '/nowhere'"):
+    with pytest.raises(UserError, match="config.eval.classnames must be a file .* got '/nowhere'"):
         evaluators.find(f"zeroshot/{source}", eval_config(classnames="/nowhere"))
+
+
+@pytest.mark.parametrize(
+    "content, message", [(b"[1, 2]", "not strings"), (b'["owl",', "cannot be read"), (b"\xff\xfe", "cannot be read")]
+)
+def test_damaged_classnames_file_is_refused(classified, tmp_path, content, message):
+    (tmp_path / "names").write_bytes(content)
+    with pytest.raises(UserError, match=f"config.eval.classnames must be a file .*{message}"):
+        evaluators.find(f"zeroshot/{classified[0]}", eval_config(classnames=str(tmp_path / "names")))
 
 
 @pytest.mark.parametrize(
@@ -177,62 +190,72 @@ def test_class_names_of_a_file(classified, tmp_path):
     [
         ("zeroshoot/cifar10", "'zeroshoot/cifar10' must be EVALUATOR/DATASET with EVALUATOR one of zeroshot, "),
         ("zeroshot", "'zeroshot' must be EVALUATOR/DATASET"),
-        ("zeroshot/cifar", "zeroshot/cifar: there is no data set 'cifar'; known are cifar10, cifar100, cars"),
-        ("zeroshot/imagenet-a", "no data set 'imagenet-a'; known are imagenet_a, "),
-        ("zeroshot/cifr10=folder:/x", "no data set 'cifr10'; known are cifar10, "),
+        ("zeroshot/cifar", "zeroshot/cifar: unknown data set 'cifar': known are cifar10, cifar100, cars"),
+        ("zeroshot/imagenet-a", "unknown data set 'imagenet-a': known are imagenet_a, "),
+        ("zeroshot/cifr10=folder:/x", "unknown data set 'cifr10': known are cifar10, "),
         ("zeroshot/foldr:/x", 'source must be "KIND:REST" with KIND one of webdataset, '),
         ("zeroshot/coco", "zeroshot/coco: .*coco/dataset_coco.json.* Put Karpathy's dataset_coco.json"),
         ("zeroshot/cifar10", r"`tfds build cifar10 --file_format=array_record --data_dir=\S+/none`"),
         ("zeroshot/gtsrb", r"clip_benchmark_export_wds --dataset gtsrb --split test .* --output \S+/none/gtsrb`"),
-        ("zeroshot/ucf101;train=folder:/x", "zeroshot/ucf101;.*/none/ucf101/test is no folder"),
-        ("zeroshot/ucf101", r"/none/ucf101/test is no folder.* Put pictures there, in a folder for each class"),
+        ("zeroshot/ucf101;train=folder:/x", "zeroshot/ucf101;.*/none/ucf101/test"),
+        ("zeroshot/ucf101", r"/none/ucf101/test.* Put the images there, in one folder per class"),
     ],
 )
-def test_what_is_unknown_or_not_there_is_named_with_its_remedy(tmp_path, task, message):
-    with pytest.raises(ValueError, match=message):
+def test_unknown_or_missing_data_are_refused_with_a_remedy(tmp_path, task, message):
+    with pytest.raises(UserError, match=message):
         evaluators.find(task, eval_config(tfds_dir=tmp_path / "none"))
 
 
-def test_all_known_sets_have_names_prompts_and_a_metric():
-    templates = datasets.recorded_templates()
+@pytest.mark.parametrize(
+    "task, unknown",
+    [("zeroshot/cifar", True), ("zero/cifar10", True), ("zeroshot/cifar10", False), ("zeroshot/folder:/none", False)],
+)
+def test_unknown_names_are_told_from_missing_data(tmp_path, task, unknown):
+    with pytest.raises(UserError) as raised:
+        evaluators.find(task, eval_config(tfds_dir=tmp_path / "none"))
+    assert isinstance(raised.value, known.Unknown) == unknown
+
+
+def test_all_known_datasets_have_names_prompts_and_a_metric():
+    templates = known.recorded_templates()
     without_names = {"emoji", "objectnet", "objectnet_80", "coco", "flickr30k"}
-    for name, known in datasets.KNOWN.items():
-        classes, labels = datasets.recorded_classes(known.classes or name)
-        index_named = name.startswith(("dsprites", "smallnorb"))  # their class names are numbers, TFDS's
+    for name, row in known.KNOWN.items():
+        classes, labels = known.recorded_classes(row.classes or name)
+        index_named = name.startswith(("dsprites", "smallnorb"))  # TFDS has only numbers as class names
         assert bool(classes) != (name in without_names or index_named), name
         assert not labels or len(labels) == len(classes) == len(set(labels)), name
         assert labels or len(classes) == len(set(classes)), name
-        assert known.metric in ("top1", "mean_per_class", datasets.CAPTIONS), name
-        if known.metric != datasets.CAPTIONS:
-            assert all(prompt.count("{}") == 1 for prompt in templates[known.templates or name]), name
+        assert row.metric in ("top1", "mean_per_class", known.CAPTIONS), name
+        if row.metric != known.CAPTIONS:
+            assert all(prompt.count("{}") == 1 for prompt in templates[row.templates or name]), name
     sizes = {"imagenet": 1000, "imagenet_r": 200, "sun397": 397, "cars": 196, "aircraft": 100, "ucf101": 101}
-    assert {name: len(datasets.recorded_classes(name)[0]) for name in sizes} == sizes
-    assert sum(known.test.startswith("tfds:") for known in datasets.KNOWN.values()) >= 25
+    assert {name: len(known.recorded_classes(name)[0]) for name in sizes} == sizes
+    assert sum(row.test.startswith("tfds:") for row in known.KNOWN.values()) >= 25
 
 
-def test_what_tfds_calls_its_classes_is_what_is_recorded(tmp_path):
-    """As far as TFDS knows before it has downloaded a set."""
+def test_recorded_labels_match_those_of_tfds(tmp_path):
+    """Compares what TFDS knows before it has downloaded a data set."""
     tfds, checked = pytest.importorskip("tensorflow_datasets"), []
-    for name, known in datasets.KNOWN.items():
-        if not known.test.startswith("tfds:") or name.startswith(("emoji", "clevr", "dsprites", "smallnorb")):
+    for name, row in known.KNOWN.items():
+        if not row.test.startswith("tfds:") or name.startswith(("emoji", "clevr", "dsprites", "smallnorb")):
             continue
-        builder = re.match("tfds:(.+)/", known.test)[1]
+        builder = re.match("tfds:(.+)/", row.test)[1]
         names = tfds.builder(builder, data_dir=tmp_path).info.features["label"].names
-        classes, labels = datasets.recorded_classes(known.classes or name)
-        dataset = datasets.Dataset(name, known.test, classes=classes, labels=labels)
-        places = datasets.places(known.test, names, dataset)
-        assert sorted(places[places >= 0]) == list(range(len(classes))), name
+        classes, labels = known.recorded_classes(row.classes or name)
+        dataset = datasets.Dataset(name, row.test, classes=classes, labels=labels)
+        class_index = datasets.map_labels(row.test, names, dataset)
+        assert sorted(class_index[class_index >= 0]) == list(range(len(classes))), name
         if labels and names[1] != "1":
-            assert [names[i] for i in np.argsort(places)[-len(classes) :]] == list(labels), name
+            assert [names[i] for i in np.argsort(class_index)[-len(classes) :]] == list(labels), name
             checked.append(name)
     assert len(checked) >= 15, checked
 
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """A TFDS set of CIFAR-10's classes in the opposite order, with 3 to 10 objects in each picture."""
+    """Builds a TFDS data set with CIFAR-10's classes in reverse order and 3 to 10 objects per image."""
     tfds = pytest.importorskip("tensorflow_datasets")
-    folder, names = tmp_path_factory.mktemp("tfds"), list(datasets.recorded_classes("cifar10")[0][::-1])
+    folder, names = tmp_path_factory.mktemp("tfds"), list(known.recorded_classes("cifar10")[0][::-1])
 
     class TinyThings(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -260,7 +283,7 @@ def tfds_dir(tmp_path_factory):
     return folder
 
 
-def test_a_tfds_set_by_its_label_another_feature_or_a_count(tfds_dir):
+def test_tfds_labels_may_be_another_feature_or_a_count(tfds_dir):
     def labels(task):
         settings = eval_config(tfds_dir=tfds_dir, batch_size=8)
         _, dataset = evaluators.find(f"zeroshot/{task}", settings)
@@ -278,14 +301,47 @@ def test_a_tfds_set_by_its_label_another_feature_or_a_count(tfds_dir):
     assert found == {i: i % 4 for i in range(30)} and dataset.classes == ("0", "1", "2", "3")
     dataset, found = labels("clevr_count=tfds:tiny_things/train[50%:]#len:objects/color")
     assert len(found) == 10 and found == {i: i % 8 for i in found} and dataset.classes[0] == "three"
-    with pytest.raises(ValueError, match="has no label 'nonesuch'; its features are .*angle"):
+    with pytest.raises(UserError, match="nonesuch.*angle"):
         labels("tfds:tiny_things/train#nonesuch")
 
 
-def test_the_training_split_of_a_set(tfds_dir):
+def test_training_split(tfds_dir):
     settings = eval_config(tfds_dir=tfds_dir)
     _, dataset = evaluators.find("zeroshot/cifar10=tfds:tiny_things/validation;train=tfds:tiny_things/train", settings)
     assert sum(batch["mask"].sum() for batch in datasets.labelled(dataset, settings, "train")) == 20
     _, dataset = evaluators.find("zeroshot/cifar10=tfds:tiny_things/validation", settings)
-    with pytest.raises(ValueError, match="cifar10 has no train split: add ';train=SOURCE' to the task"):
+    with pytest.raises(UserError, match="cifar10 has no train split: add ';train=SOURCE' to the task"):
         next(datasets.labelled(dataset, settings, "train"))
+
+
+@pytest.mark.parametrize(
+    "evaluator, classes, message",
+    [
+        ("zeroshot", 5, "a fine-tuned classifier reads no text; use classify, linear_probe or few_shot"),
+        ("retrieval", 5, "a fine-tuned classifier reads no text; use classify, linear_probe or few_shot"),
+        ("classify", 0, r"the model is not a classifier \(config.finetune.classes is 0\)"),
+    ],
+)
+def test_tasks_that_do_not_suit_the_model_are_refused(classified, evaluator, classes, message):
+    config = dataclasses.replace(eval_config(), finetune=FinetuneConfig(classes=classes))
+    with pytest.raises(UserError, match=message):
+        evaluators.find(f"{evaluator}/{classified[0]}", config)
+
+
+LOADED = """
+import sys
+from flip_jax import evaluators
+from flip_jax.config import FinetuneConfig
+from flip_jax.config import Config, EvalConfig
+evaluators.check(Config(eval=EvalConfig(every_steps={every_steps}, tasks={tasks})))
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize("every_steps, tasks", [(0, ("linear_probe/none",)), (10, ())])
+def test_no_evaluator_is_loaded_without_a_task(every_steps, tasks):
+    code = LOADED.format(every_steps=every_steps, tasks=tasks)
+    done = run_command([sys.executable, "-c", code])
+    ours = {name for name in done.stdout.split() if name.startswith("flip_jax.evaluators")}
+    assert ours == {"flip_jax.evaluators"}
+    assert not {"scipy.optimize", "matplotlib.pyplot", "tqdm"} & set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""Few-shot ridge regression against another formula for it, and a whole task."""
+"""Few-shot ridge regression against its dual form, step by step and as a whole task."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from flip_jax.evaluators import few_shot
 
 
 def dual(x_NxD, label_N, classes, new_MxD, bias=1e4):
-    """Scores by the N x N form of ridge regression, the intercept as one more, nearly unpenalised feature."""
+    """Computes scores by the dual form of ridge regression, with the intercept as a barely penalised feature."""
     mean, std = x_NxD.mean(axis=0), x_NxD.std(axis=0) + 1e-5
     x, new = ((np.concatenate([(a - mean) / std, np.full((len(a), 1), bias)], axis=1)) for a in (x_NxD, new_MxD))
     target = np.where(label_N[:, None] == np.arange(classes), 1.0, -1.0)
@@ -17,7 +17,7 @@ def dual(x_NxD, label_N, classes, new_MxD, bias=1e4):
 
 
 @pytest.mark.parametrize("rows, width", [(30, 8), (9, 20)])
-def test_weights_are_those_of_the_dual_form(rows, width):
+def test_weights_match_the_dual_form(rows, width):
     x, label = clusters(rows, width)
     new, _ = clusters(10, width, seed=1)
     weight_ExC = few_shot.fit(x, label, 3)
@@ -25,7 +25,7 @@ def test_weights_are_those_of_the_dual_form(rows, width):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_draws_have_as_many_of_each_class_as_there_are():
+def test_draws_are_balanced_and_nested():
     label = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 20, 3]))
     four, eight = (few_shot.draw(label, shots, 0) for shots in (4, 8))
     assert np.bincount(label[four]).tolist() == [4, 4, 3] and np.bincount(label[eight]).tolist() == [8, 8, 3]
@@ -33,7 +33,7 @@ def test_draws_have_as_many_of_each_class_as_there_are():
     assert set(four) != set(few_shot.draw(label, 4, 1))
 
 
-def test_a_task_does_what_its_steps_do_by_hand(task):
+def test_task_matches_a_computation_by_hand(task):
     x, label = clusters(160, noise=1.5)
     train, test = (x[:100], label[:100]), (x[100:], label[100:])
     results = [
@@ -51,7 +51,7 @@ def test_a_task_does_what_its_steps_do_by_hand(task):
         assert results[0][f"{shots}shot_std"] == pytest.approx(np.std(accuracies, ddof=1)), shots
 
 
-def test_separable_features_give_100_percent_without_spread(task):
+def test_separable_features_give_100_percent_in_every_draw(task):
     x, label = clusters(90, noise=0.01)
     name, encoder = task((x[:60], label[:60]), (x[60:], label[60:]))
     found = evaluators.evaluate(encoder, f"few_shot/{name}", eval_config())

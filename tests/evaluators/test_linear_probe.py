@@ -1,4 +1,4 @@
-"""The linear probe against Newton's method in f64, and whole tasks whose features are known."""
+"""The linear probe against Newton's method in f64, and whole tasks with known features."""
 
 import helpers
 import jax
@@ -13,10 +13,11 @@ from flip_jax.config import MeshConfig
 from flip_jax.evaluators import linear_probe
 from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
+from flip_jax.runtime import UserError
 
 
 def newton(x_NxD, label_N, classes, penalty, steps=30):
-    """Multinomial logistic regression in f64: sum of the cross-entropies + penalty / 2 |W|^2, free intercepts."""
+    """Fits multinomial logistic regression in f64: sum of cross-entropies + penalty / 2 |W|^2, free intercepts."""
     x_NxE = np.concatenate([x_NxD, np.ones((len(x_NxD), 1))], axis=1)
     n, e = x_NxE.shape
     target_NxC, weight_ExC = np.eye(classes)[label_N], np.zeros((e, classes))
@@ -26,15 +27,15 @@ def newton(x_NxD, label_N, classes, penalty, steps=30):
         grad = (x_NxE.T @ (p_NxC - target_NxC)).ravel() + ridge * weight_ExC.ravel()
         curvature_NxCxC = p_NxC[:, :, None] * (np.eye(classes) - p_NxC[:, None])
         hessian = np.einsum("ne,nf,nij->eifj", x_NxE, x_NxE, curvature_NxCxC).reshape(e * classes, -1)
-        # The same number on all intercepts changes nothing: pinv takes the smallest.
+        # Adding a constant to all intercepts changes nothing; pinv picks the smallest solution.
         weight_ExC = weight_ExC - (np.linalg.pinv(hessian + np.diag(ridge)) @ grad).reshape(e, classes)
     return weight_ExC
 
 
 @pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_weights_are_those_of_newtons_method(monkeypatch, penalty, devices):
-    monkeypatch.setattr(linear_probe, "BLOCK", 16)  # several on each device
+def test_weights_match_newtons_method(monkeypatch, penalty, devices):
+    monkeypatch.setattr(linear_probe, "BLOCK", 16)  # several blocks per device
     x, label = clusters(150)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
@@ -45,7 +46,7 @@ def test_weights_are_those_of_newtons_method(monkeypatch, penalty, devices):
     np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
-def test_the_search_halves_its_steps_around_the_best():
+def test_penalty_search_halves_its_steps_around_the_best():
     tried = []
 
     def accuracy(exponent):
@@ -67,8 +68,8 @@ def test_separable_features_give_100_percent_on_any_number_of_devices(task, monk
         assert list(found)[0] == "top1" and found["top1"] == found["mean_per_class"] == 100
 
 
-def test_a_task_does_what_its_steps_do_by_hand(task, monkeypatch):
-    """Search on the held-out fifth, fit to all, count on the test split: in f64, by Newton's method."""
+def test_task_matches_a_computation_by_hand(task, monkeypatch):
+    """Repeats search on the held-out fifth, fit to all and test accuracy in f64 by Newton's method."""
     monkeypatch.setattr(linear_probe, "EXPONENTS", (-2.0, 4.0))  # weaker ones take long to converge
     x, label = clusters(120, noise=1.5)
     train, test = (x[:80], label[:80]), (x[80:], label[80:])
@@ -90,10 +91,10 @@ def test_a_task_does_what_its_steps_do_by_hand(task, monkeypatch):
         return accuracy((x[held], label[held]), newton(x[seen], label[seen], 3, 10**exponent))
 
     best = max(map(held_out, np.arange(-2, 4.1, 0.5)))
-    assert held_out(results[0]["log10_penalty"]) >= best - 100 / 16  # a step of 2 may pass by one picture
+    assert held_out(results[0]["log10_penalty"]) >= best - 100 / 16  # the search may miss the best by one image
 
 
-def test_features_are_what_the_tower_gives_before_the_projection():
+def test_projected_features_are_the_embeddings():
     config = helpers.CONFIG
     mesh = sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -107,12 +108,12 @@ def test_features_are_what_the_tower_gives_before_the_projection():
 
 
 @pytest.mark.parametrize("evaluator", ["linear_probe", "few_shot"])
-def test_what_cannot_be_fitted_is_refused(task, evaluator):
+def test_unusable_training_splits_are_refused(task, evaluator):
     x, label = clusters(30)
     name, encoder = task((x[:20], 0 * label[:20]), (x[20:], label[20:]))
-    with pytest.raises(ValueError, match="all 20 pictures of .* are of one class"):
+    with pytest.raises(UserError, match="all 20 images of .* are of one class"):
         evaluators.evaluate(encoder, f"{evaluator}/{name}", eval_config())
-    with pytest.raises(ValueError, match="has no train split: add ';train=SOURCE'"):
+    with pytest.raises(UserError, match="has no train split: add ';train=SOURCE'"):
         evaluators.find(f"{evaluator}/{name.partition(';')[0]}", eval_config())
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         evaluators.find(f"{evaluator}/{name.partition(';')[0]};train=webdataset:/nowhere/*.tar", eval_config())

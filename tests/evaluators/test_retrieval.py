@@ -1,4 +1,4 @@
-"""Retrieval: ranks and recalls beside NumPy's in float64, in blocks, on 1 device and 8, from the files of the field."""
+"""Retrieval: ranks and recalls against NumPy in float64, in blocks, on 1 and 8 devices, and every file layout."""
 
 import json
 
@@ -9,12 +9,14 @@ from helpers import Known, eval_config, picture, reference_ranks, unit, write_sa
 
 from flip_jax import evaluators, sharding
 from flip_jax.config import MeshConfig
-from flip_jax.evaluators import retrieval
+from flip_jax.evaluators import needs, retrieval
+from flip_jax.evaluators.datasets import Dataset
+from flip_jax.runtime import UserError
 
 
 @pytest.fixture
 def pairs():
-    """37 pictures and 0 to 7 captions of each, near enough to them for all ranks to occur; some twins."""
+    """Embeddings of 37 images with 0 to 7 captions each, noisy enough for all ranks to occur; some are duplicates."""
     rng = np.random.default_rng(1)
     image_NxE = unit(rng.normal(size=(37, 8)))
     image_NxE[5] = image_NxE[6]
@@ -26,7 +28,7 @@ def pairs():
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("images, texts", [(2048, 8192), (16, 10), (8, 1)])
-def test_ranks_in_blocks_are_those_of_the_whole_matrix(pairs, monkeypatch, devices, images, texts):
+def test_ranks_in_blocks_match_the_full_matrix(pairs, monkeypatch, devices, images, texts):
     monkeypatch.setattr(retrieval, "IMAGES", images)
     monkeypatch.setattr(retrieval, "TEXTS", texts)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
@@ -35,7 +37,7 @@ def test_ranks_in_blocks_are_those_of_the_whole_matrix(pairs, monkeypatch, devic
 
 
 @pytest.mark.parametrize("value", [0.5, np.nan])
-def test_a_model_that_gives_the_same_to_all_finds_nothing(value):
+def test_model_with_constant_output_scores_zero(value):
     image_NxE, text_MxE = np.full((30, 4), value, np.float32), np.full((60, 4), value, np.float32)
     found = retrieval.ranks(image_NxE, text_MxE, np.repeat(np.arange(30), 2), sharding.make_mesh(MeshConfig()))
     assert set(retrieval.recalls(*found).values()) == {0.0}
@@ -46,7 +48,7 @@ def captions(owner_M):
 
 
 def write_karpathy(folder, texts, subfolder):
-    """Karpathy's JSON, with pictures in a subfolder as COCO's or beside it, and a split that is not asked for."""
+    """Writes Karpathy's JSON with its images in a subfolder (as COCO) or next to it, and one image of another split."""
     images = [{"split": "train", "filename": "none.jpg", "sentences": [{"raw": "nothing"}]}]
     (folder / subfolder).mkdir(parents=True, exist_ok=True)
     for i in texts:
@@ -59,10 +61,10 @@ def write_karpathy(folder, texts, subfolder):
 
 
 @pytest.mark.parametrize("layout", ["clip_benchmark", "coco", "karpathy", "karpathy and a folder"])
-def test_recalls_of_a_data_set_whatever_its_layout(pairs, tmp_path, layout):
+def test_recalls_in_every_file_layout(pairs, tmp_path, layout):
     image_NxE, text_MxE, owner_M = pairs
     texts = captions(owner_M)
-    if layout == "clip_benchmark":  # captions are lines of a text
+    if layout == "clip_benchmark":  # captions are the lines of one file
         samples = [{"png": picture(i)} | ({"txt": "\n".join(texts[i]).encode()} if texts[i] else {}) for i in texts]
         write_samples(tmp_path / "test" / "0.tar", samples[:20])
         write_samples(tmp_path / "test" / "1.tar", samples[20:])
@@ -85,10 +87,10 @@ def test_recalls_of_a_data_set_whatever_its_layout(pairs, tmp_path, layout):
     assert 5 < expected["image_recall@1"] < 95  # all ranks occur
 
 
-def test_pictures_that_cannot_be_used_are_left_out_with_their_captions(pairs, tmp_path, caplog):
+def test_unusable_images_are_skipped_with_their_captions(pairs, tmp_path, caplog):
     image_NxE, text_MxE, owner_M = pairs
     path = write_karpathy(tmp_path, captions(owner_M), "val2014")
-    (tmp_path / "val2014" / "3.png").write_bytes(b"no picture")
+    (tmp_path / "val2014" / "3.png").write_bytes(b"not an image")
     (tmp_path / "val2014" / "7.png").unlink()
     encoder = Known(image_NxE, {f"caption {m}": text_MxE[m] for m in range(len(text_MxE))})
     caplog.set_level("WARNING")
@@ -98,18 +100,18 @@ def test_pictures_that_cannot_be_used_are_left_out_with_their_captions(pairs, tm
     number = np.cumsum(keep_N) - 1
     rank_N, rank_M = reference_ranks(image_NxE[keep_N], text_MxE[keep_M], number[owner_M[keep_M]])
     assert found["retrieval/mean"] == pytest.approx(retrieval.recalls(rank_N, rank_M)["mean_recall"])
-    assert "2 of the 37 pictures that this process read cannot be used" in caplog.text
+    assert "2 of the 37 images that this process read cannot be used" in caplog.text
 
 
-def test_what_is_no_retrieval_set_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cifar10 has classes and no captions; it is for zeroshot/cifar10"):
-        retrieval.check(evaluators.datasets.Dataset("cifar10", "folder:/x", metric="top1"), eval_config())
+def test_datasets_without_captions_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cifar10 has classes but no captions; use zeroshot/cifar10"):
+        needs.captions(Dataset("cifar10", "folder:/x", metric="top1"), eval_config())
     write_samples(tmp_path / "0.tar", [{"png": picture(i), "txt": b" "} for i in range(3)])
-    with pytest.raises(ValueError, match="none of its 3 pictures that can be used has a caption"):
+    with pytest.raises(UserError, match="none of its 3 usable images has a caption"):
         dict(evaluators.run(Known(np.ones((3, 4)), {}), eval_config(f"retrieval/webdataset:{tmp_path}/0.tar")))
     (tmp_path / "bad.json").write_text('{"images": [{"split": "test"}]}')
-    with pytest.raises(ValueError, match="bad.json is not as Karpathy's: .* KeyError.'filename'"):
+    with pytest.raises(UserError, match="bad.json.*filename"):
         evaluators.find(f"retrieval/karpathy:{tmp_path}/bad.json#test", eval_config())
     path = write_karpathy(tmp_path, {0: ["a"]}, "")
-    with pytest.raises(ValueError, match="has no split 'val', but test, train"):
+    with pytest.raises(UserError, match="no split 'val'.* test, train"):
         evaluators.find(f"retrieval/karpathy:{path}#val", eval_config())

@@ -50,6 +50,7 @@ def test_updates_are_adamws_times_the_shares():
 
     whole, halved, shares = updates(1.0), updates(0.5), classifier.layer_shares(params, 0.5, 2)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole)) > 1e-4
+    # Shares are powers of two, which change no rounding but that of the sum with the decay.
     jax.tree.map(lambda a, b, share: np.testing.assert_allclose(b, a * share, rtol=1e-6), whole, halved, shares)
 
 
@@ -65,9 +66,11 @@ def test_the_loss_and_the_heads_gradient_are_those_of_numpy():
     logits = x_BxD @ np.asarray(params["head"]["kernel"], np.float64)
     target = 0.9 * np.eye(5)[LABEL] + 0.1 / 5
     error = scipy.special.softmax(logits, axis=1) - target
-    assert float(value) == pytest.approx(-np.mean(np.sum(target * scipy.special.log_softmax(logits, axis=1), axis=1)))
-    np.testing.assert_allclose(grads["head"]["kernel"], x_BxD.T @ error / 16, atol=1e-5)
-    np.testing.assert_allclose(grads["head"]["bias"], error.mean(axis=0), atol=1e-6)
+    expected = -np.mean(np.sum(target * scipy.special.log_softmax(logits, axis=1), axis=1))
+    # Logits near 10 are sums of 32 products: 10 x 32 x 6e-8 = 2e-5. A probability moves by a quarter of that.
+    assert float(value) == pytest.approx(expected, rel=0, abs=2e-5)
+    np.testing.assert_allclose(grads["head"]["kernel"], x_BxD.T @ error / 16, atol=2e-5)
+    np.testing.assert_allclose(grads["head"]["bias"], error.mean(axis=0), atol=5e-6)
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -81,7 +84,7 @@ def test_pictures_and_targets_are_mixed_alike(mixup, cutmix):
     for seed in range(40):
         pixels, targets = map(np.asarray, mixed(jax.random.key(seed)))
         assert pixels.dtype == np.uint8
-        np.testing.assert_allclose(pixels.mean(axis=(1, 2, 3)) / 255, targets[:, 1], atol=0.003)
+        np.testing.assert_allclose(pixels.mean(axis=(1, 2, 3)) / 255, targets[:, 1], atol=0.003)  # half a grey level
         np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
         kinds.add(len(np.unique(pixels[0])) if 0.01 < targets[0, 1] < 0.99 and abs(targets[0, 1] - 0.5) > 0.01 else 0)
         shares.append(targets[0, 1])
@@ -111,10 +114,11 @@ def steps(devices, mesh_settings):
 @pytest.mark.slow
 def test_steps_are_the_same_on_any_layout():
     losses, params = steps(1, MeshConfig())
-    np.testing.assert_allclose(losses[:2], np.log(5), rtol=1e-6)  # the head starts at 0, and the first rate is 0
+    # The head starts at 0, and the first rate is 0. A mean of 16 losses: 16 x 6e-8.
+    np.testing.assert_allclose(losses[:2], np.log(5), rtol=2e-6)
     for layout in (MeshConfig(), MeshConfig(fsdp=2, tensor=2)):
         other_losses, other_params = steps(8, layout)
-        np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+        np.testing.assert_allclose(other_losses, losses, rtol=helpers.LOSS)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, other_params)
 
 
@@ -173,7 +177,7 @@ def test_a_run_learns_classes(tuned, shards):
     assert len(top1) == 2 and top1[-1] > 3 * 100 / 8  # three times chance
     encoder = inference.load(workdir)
     assert encoder.encode_image(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 8)
-    report = run_command([sys.executable, "-m", "flip_jax.report", f"--workdir={workdir}"])
+    report = run_command([sys.executable, "-m", "flip_jax", "report", f"--model={workdir}"])
     assert re.search(r"^classify top-1 [\d.]+ % top-5 [\d.]+ %\n\Z", report.stdout, re.MULTILINE)
     assert {path.name for path in (workdir / "report").iterdir()} == {"loss.png", "classify.png"}
 
@@ -197,11 +201,11 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(tuned, tmp_path):
 def test_a_classifier_reads_no_text(tuned, shards):
     with pytest.raises(ValueError, match="a fine-tuned classifier reads no text; use classify"):
         evaluators.find(f"zeroshot/webdataset:{shards}/*.tar", CONFIG)
-    with pytest.raises(ValueError, match="the model is no classifier .config.finetune.classes is 0."):
+    with pytest.raises(ValueError, match="the model is not a classifier .config.finetune.classes is 0."):
         evaluators.find(f"classify/webdataset:{shards}/*.tar", helpers.CONFIG)
     encoder = inference.load(tuned[1])
     settings = dataclasses.replace(encoder.config, finetune=dataclasses.replace(PLAIN, classes=5))
-    with pytest.raises(ValueError, match="has label 7, the model 5 classes"):
+    with pytest.raises(ValueError, match="has label 7, but the model has only 5 classes"):
         evaluators.evaluate(encoder, f"classify/webdataset:{shards}/*.tar", settings)
 
 

@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
+from flip_jax import models
+from flip_jax.config import Config
 from flip_jax.models import transformer
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
@@ -51,8 +53,10 @@ def test_recomputing_does_not_change_the_gradients(remat):
             return jnp.sum(model.encode_image(image, keep) * model.encode_text(text))
 
         grads.append(jax.jit(jax.grad(loss))(params))
-    for one, other in zip(*map(jax.tree.leaves, grads), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * max(1e-3, np.abs(one).max()))
+    for (path, one), (_, other) in zip(*map(jax.tree_util.tree_leaves_with_path, grads), strict=True):
+        # Sums of at most 128 terms: 128 x 6e-8. The gradient of a key bias is zero but for its rounding noise.
+        if "['key']['bias']" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
 def change_padding(model):
@@ -88,6 +92,7 @@ def test_bfloat16_stays_near_float32_with_float32_parameters_and_outputs():
         (full.encode_text(text), half.encode_text(text)),
     ):
         assert other.dtype == jnp.float32
+        # Rounding to bf16 is 4e-3, and 16 roundings in one direction are an angle of 6e-2, of which the cosine is this.
         np.testing.assert_allclose(jnp.sum(one * other, axis=1), 1, atol=2e-3)
 
 
@@ -148,8 +153,8 @@ def test_attention_by_cudnn_leaves_out_the_token_that_makes_it_even(tokens, monk
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     found, by_cudnn = jax.value_and_grad(loss)(qkv, "cudnn")
     assert given == [("cudnn", tokens + tokens % 2)]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(by_cudnn, by_xla, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)  # a sum of 448 terms up to 1, rounded to 6e-8 each
+    np.testing.assert_allclose(by_cudnn, by_xla, rtol=1e-5, atol=5e-6)  # sums over 7 tokens and 8 channels: 56 x 6e-8
 
 
 def test_cudnn_attention_is_asked_for_on_gpus(load_recipe, monkeypatch):

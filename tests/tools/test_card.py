@@ -1,4 +1,4 @@
-"""Model cards of runs, of converted models and of exported ones."""
+"""`flip card`: model cards of runs, of converted models and of exported ones."""
 
 import dataclasses
 import hashlib
@@ -20,6 +20,7 @@ from flip_jax import checkpoint
 from flip_jax.config import DataConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.flip import FLIP
+from flip_jax.runtime import UserError
 from flip_jax.tools import card, convert
 
 WORDS = {"[PAD]": 0, "[UNK]": 1, "a": 2, "fox": 3}
@@ -28,7 +29,7 @@ CONFIG = dataclasses.replace(helpers.CONFIG, data=DataConfig(train="3*webdataset
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A run of 10 steps, of which the last line of the metrics was cut short and one is of a step that was lost."""
+    """A run of 10 steps whose metrics have a truncated last line and a line of a step that was lost."""
     folder = tmp_path / "fox"
     params = nnx.to_pure_dict(nnx.split(FLIP(helpers.MODEL, nnx.Rngs(0)))[1])
     checkpoint.write(folder / "checkpoints" / "10", params, Tokenizer(WORDS), CONFIG)
@@ -42,8 +43,8 @@ def workdir(tmp_path):
     return folder
 
 
-def test_the_card_of_a_run_says_what_it_is_and_what_it_saw(workdir, tmp_path):
-    command = [sys.executable, "-m", "flip_jax.card", f"--workdir={workdir}", "--license=mit"]
+def test_a_card_describes_the_model_and_its_training_data(workdir, tmp_path):
+    command = [sys.executable, "-m", "flip_jax", "card", f"--model={workdir}", "--license=mit"]
     subprocess.run(command, cwd=REPO, env=environment(), check=True, timeout=200)
     content = json.loads((workdir / "card.json").read_text())
     assert (content["step"], content["samples_seen"], content["license"]) == (10, 160, "mit")
@@ -84,13 +85,13 @@ def test_the_card_of_a_run_says_what_it_is_and_what_it_saw(workdir, tmp_path):
     content = json.loads((workdir / "card.json").read_text())
     assert content["license"] == "mit" and content["samples_seen"] == 160
     assert content["evaluation"]["results"] == {"retrieval/coco/mean_recall": 7.0, "retrieval/mean": 7.0}
-    assert card.of(workdir / "checkpoints" / "10") == content  # as an export would take it
-    (workdir / "checkpoints" / "10").rename(workdir / "checkpoints" / "15")  # and the run goes on
-    later = card.of(workdir)
+    assert card.from_model(workdir / "checkpoints" / "10") == content  # an export uses this
+    (workdir / "checkpoints" / "10").rename(workdir / "checkpoints" / "15")  # the run has continued
+    later = card.from_model(workdir)
     assert later["evaluation"]["results"]["zeroshot/mean"] == 99.0 and later["license"] == "mit"
 
 
-def test_an_exported_model_and_a_converted_one_carry_theirs(workdir, tmp_path):
+def test_exported_and_converted_models_have_cards(workdir, tmp_path):
     exported, back = tmp_path / "exported", tmp_path / "back"
     convert.to_open_clip(str(workdir), str(exported))
     content = json.loads((exported / "card.json").read_text())
@@ -107,21 +108,21 @@ def test_an_exported_model_and_a_converted_one_carry_theirs(workdir, tmp_path):
     content = json.loads((back / "card.json").read_text())
     assert (content["origin"], content["license"]) == ("converted from somewhere", "mit")
     assert content["samples_seen"] is content["data"] is content["evaluation"] is None
-    assert "samples seen | not known" in (back / "README.md").read_text()
-    flip_jax.load(back)  # what lies beside the weights does not hinder
+    assert "samples seen | unknown" in (back / "README.md").read_text()
+    flip_jax.load(back)  # the files next to the weights do not disturb it
 
 
-def test_what_cannot_be_described_is_refused(workdir, tmp_path):
+def test_folders_and_evaluations_that_cannot_be_used_are_refused(workdir, tmp_path):
     (tmp_path / "no.json").write_text("[1]")
     for folder, evaluation, message in (
         (tmp_path, None, "holds no checkpoint"),
-        (workdir, tmp_path / "no.json", "is not what `python -m flip_jax.evaluate --json` writes"),
-        (workdir, tmp_path / "absent.json", "No such file"),
+        (workdir, tmp_path / "no.json", "is not a file that `flip evaluate --json` writes"),
+        (workdir, tmp_path / "absent.json", "cannot be read: No such file"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             card.update(folder, evaluation and str(evaluation))
     assert not (workdir / "README.md").exists()
     (workdir / "README.md").write_text("mine")
-    with pytest.raises(ValueError, match="is no model card; move it away"):
-        card.write(workdir, card.of(workdir))
+    with pytest.raises(UserError, match="is no model card; move it away"):
+        card.write(workdir, card.from_model(workdir))
     assert (workdir / "README.md").read_text() == "mine"

@@ -1,6 +1,7 @@
-"""Checkpoints that the official code wrote, converted by the command line and evaluated another way in NumPy."""
+"""`flip convert official`: recorded checkpoints, converted and evaluated independently in NumPy."""
 
 import dataclasses
+import gzip
 import shutil
 import tarfile
 
@@ -9,12 +10,13 @@ import numpy_towers
 import pytest
 from flax import serialization
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
+from helpers import recorded_parameters
 
 import flip_jax
-from flip_jax.config import Config, ImageConfig, ModelConfig, TextConfig
+from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 from flip_jax.models.vit import sincos_2d
-from flip_jax.tools import convert
+from flip_jax.runtime import UserError
+from flip_jax.tools import __main__ as flip
 from flip_jax.tools.compat import official
 
 SETTINGS = ModelConfig(
@@ -23,19 +25,34 @@ SETTINGS = ModelConfig(
     embed_dim=32,
     dtype="float32",
 )
+RECIPE = f"""
+import dataclasses
+from ml_collections import ConfigDict
+from flip_jax.config import Config, DecoderConfig, ImageConfig, ModelConfig, TextConfig
+
+def get_config():
+    return ConfigDict(dataclasses.asdict(Config(model={SETTINGS!r})))
+"""
 STATS = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
 
 
 @pytest.fixture
 def checkpoint(recorded, tmp_path):
     """The recorded checkpoint after three steps, unpacked for the test to damage."""
-    with tarfile.open(recorded / "checkpoint_3.tar.gz") as tar:
-        tar.extractall(tmp_path, filter="data")
-    return tmp_path / "checkpoint_3"
+    return unpack(recorded, tmp_path / "checkpoint_3", "gcs", "one_chunk")
+
+
+def unpack(recorded, folder, index, arrays):
+    """Put a recorded index and arrays together as the official code wrote them."""
+    for tower in ("image", "text"):
+        with tarfile.open(recorded / f"arrays_{arrays}_{tower}.tar.gz") as tar:
+            tar.extractall(folder, filter="data")
+    (folder / "checkpoint").write_bytes(gzip.decompress((recorded / f"checkpoint_{index}.gz").read_bytes()))
+    return folder
 
 
 def tower(arrays, name, depth):
-    """A tower's weights as `numpy_towers.blocks` takes them, straight from the official names."""
+    """Rename a tower's official weights for `numpy_towers.blocks`."""
     weights = {}
     for i in range(depth):
         block, ours = f"{name}/Transformer/encoderblock_{i:02}", f"x.resblocks.{i}"
@@ -66,18 +83,21 @@ def encode(x, arrays, name, depth):
     return numpy_towers.layer_norm(x, weights, "norm", 1e-6)
 
 
-def test_the_command_line_gives_a_model_that_encodes_as_the_weights_say(recorded, checkpoint, tmp_path, monkeypatch):
+def test_a_converted_checkpoint_encodes_as_its_weights_say(recorded, checkpoint, tmp_path, capsys):
     vocab = tmp_path / "vocab.txt"
     pieces = (recorded / "vocab_bert_base.txt").read_text(encoding="utf-8").split("\n")[:1000]
     vocab.write_text("\n".join([*pieces[:990], *"abcdefghij"]) + "\n", encoding="utf-8")
-    config = Config(model=SETTINGS, data=dataclasses.replace(Config().data, vocab=str(vocab)))
-    flag = type("Flag", (), {"value": ConfigDict(dataclasses.asdict(config))})
-    monkeypatch.setattr(convert, "_CONFIG", flag)
-    convert.main(["", "official", str(checkpoint), str(tmp_path / "out")])
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE)
+
+    def convert(out, vocab):
+        options = [f"--config={recipe}", f"--config.data.vocab={vocab}"]
+        return flip.main(["convert", "official", str(checkpoint), str(tmp_path / out), *options])
+
+    assert convert("out", vocab) == 0
     encoder = flip_jax.load(tmp_path / "out")
 
-    with np.load(recorded / "params_after_step2.npz") as file:
-        arrays = {name: file[name].astype(np.float64) for name in file}
+    arrays = {name: array.astype(np.float64) for name, array in recorded_parameters("params_after_step2").items()}
     image = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     patches = ((image / 255 - STATS[0]) / STATS[1]).reshape(3, 4, 16, 4, 16, 3).transpose(0, 1, 3, 2, 4, 5)
     x = patches.reshape(3, 16, 768) @ arrays["img_encoder/embedding/kernel"].reshape(768, 64)
@@ -92,43 +112,42 @@ def test_the_command_line_gives_a_model_that_encodes_as_the_weights_say(recorded
     z_text = numpy_towers.unit(encode(x, arrays, "txt_encoder", 2)[:, 0] @ arrays["txt_mlp1/kernel"])
     np.testing.assert_allclose(encoder.encode_text(texts), z_text, atol=1e-5)
 
-    flag.value.data.vocab = ""
-    with pytest.raises(SystemExit, match=r"needs --config\.data\.vocab"):
-        convert.main(["", "official", str(checkpoint), str(tmp_path / "other")])
-    flag.value.data.vocab = str(recorded / "vocab_bert_base.txt")
-    with pytest.raises(SystemExit, match=r"30522 entries, the model's text\.vocab_size is 1001"):
-        convert.main(["", "official", str(checkpoint), str(tmp_path / "other")])
+    capsys.readouterr()
+    assert convert("other", "") == 1
+    assert "needs --config.data.vocab" in capsys.readouterr().err
+    assert convert("other", recorded / "vocab_bert_base.txt") == 1
+    assert "30522 entries, but the model's text.vocab_size is only 1001" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variant", ["filedriver", "multichunk", "flatten_params"])
-def test_every_way_of_writing_gives_the_same_weights(recorded, tmp_path, variant):
-    with tarfile.open(recorded / "checkpoint_variants.tar.gz") as tar:
-        tar.extractall(tmp_path, filter="data")
-    (folder,) = tmp_path.glob(f"**/{variant}/checkpoint_3")
+@pytest.mark.parametrize(
+    ("index", "arrays"),
+    [("gcs", "one_chunk"), ("filedriver", "one_chunk"), ("flatten_params", "one_chunk"), ("multichunk", "multichunk")],
+)
+def test_every_way_of_writing_gives_the_same_weights(recorded, tmp_path, index, arrays):
+    folder = unpack(recorded, tmp_path / "checkpoint_3", index, arrays)
     ours = flatten_dict(official.load(folder, SETTINGS), sep="/")
-    with np.load(recorded / "params_after_step2.npz") as file:
-        theirs = official.to_ours(dict(file))
+    theirs = official.to_ours(recorded_parameters("params_after_step2"))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
-def test_what_does_not_fit_is_listed_with_both_sides(checkpoint):
+def test_differences_are_listed_with_both_sides(checkpoint):
     image = dataclasses.replace(SETTINGS.image, depth=2)
-    with pytest.raises(ValueError, match=r"encoderblock_02/LayerNorm_0/bias: checkpoint \(64,\), config\.model None"):
+    with pytest.raises(UserError, match=r"encoderblock_02/LayerNorm_0/bias: checkpoint \(64,\), config\.model None"):
         official.load(checkpoint, dataclasses.replace(SETTINGS, image=image))
     image = dataclasses.replace(SETTINGS.image, depth=4)
-    with pytest.raises(ValueError, match=r"encoderblock_03/LayerNorm_0/bias: checkpoint None, config\.model \(64,\)"):
+    with pytest.raises(UserError, match=r"encoderblock_03/LayerNorm_0/bias: checkpoint None, config\.model \(64,\)"):
         official.load(checkpoint, dataclasses.replace(SETTINGS, image=image))
-    with pytest.raises(ValueError, match=r"img_mlp1/kernel: checkpoint \(64, 32\), config\.model \(64, 16\)"):
+    with pytest.raises(UserError, match=r"img_mlp1/kernel: checkpoint \(64, 32\), config\.model \(64, 16\)"):
         official.load(checkpoint, dataclasses.replace(SETTINGS, embed_dim=16))
-    with pytest.raises(ValueError, match=r"logit_bias: checkpoint None, config\.model \(1,\)"):
+    with pytest.raises(UserError, match=r"logit_bias: checkpoint None, config\.model \(1,\)"):
         official.load(checkpoint, dataclasses.replace(SETTINGS, loss="sigmoid"))
-    with pytest.raises(ValueError, match="no parameters of FLIP: img_encoder/more"):
+    with pytest.raises(UserError, match="unknown parameters, not FLIP's: img_encoder/more"):
         official.to_ours({"img_encoder/more": 0})
 
 
-def test_positions_of_another_size_are_computed_anew(checkpoint):
+def test_positions_of_another_size_are_recomputed(checkpoint):
     image = dataclasses.replace(SETTINGS.image, image_size=96)
     params = official.load(checkpoint, dataclasses.replace(SETTINGS, image=image))
     np.testing.assert_array_equal(params["image"]["pos_embed"], sincos_2d(6, 64))
@@ -182,5 +201,5 @@ DAMAGE = {
 def test_damage_is_named(checkpoint, name):
     damage, message = DAMAGE[name]
     damage(checkpoint)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         official.load(checkpoint, SETTINGS)

@@ -1,4 +1,4 @@
-"""open_clip models both ways: a recorded one, and ours evaluated as open_clip would."""
+"""`flip convert` from and to open_clip: a recorded model, and our models evaluated as open_clip would."""
 
 import copy
 import dataclasses
@@ -19,7 +19,8 @@ from flip_jax import config_check, optim
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
 from flip_jax.models.flip import FLIP
-from flip_jax.tools import convert
+from flip_jax.runtime import UserError
+from flip_jax.tools import __main__ as flip
 from flip_jax.tools.compat import official, open_clip, open_clip_settings
 
 FIXTURES = REPO / "tests" / "fixtures"
@@ -30,7 +31,7 @@ WORD_PIECE = {"[PAD]": 0, "[UNK]": 1, "a": 2, "fox": 3}
 
 
 def noisy(settings, seed=0):
-    """A model none of whose parameters is at a special value, and its parameters."""
+    """Return a model without special values among its parameters, and the parameters."""
     rng = np.random.default_rng(seed)
     abstract = official.abstract_params(settings)
     params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32), abstract)
@@ -38,7 +39,7 @@ def noisy(settings, seed=0):
     return nnx.merge(nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))[0], params), params
 
 
-def test_the_numpy_towers_are_open_clips():
+def test_the_numpy_towers_agree_with_open_clip():
     recorded, weights = np.load(FIXTURES / "open_clip_outputs.npz"), load_file(WEIGHTS)
     np.testing.assert_allclose(
         numpy_towers.embed_image(CONTENT, weights, recorded["image"]), recorded["z_image"], atol=1e-6
@@ -48,12 +49,10 @@ def test_the_numpy_towers_are_open_clips():
     )
 
 
-def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_as_it_was(tmp_path, monkeypatch, capsys):
+def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_unchanged(tmp_path, capsys):
     recorded = np.load(FIXTURES / "open_clip_outputs.npz")
-    flags = {"_OPEN_CLIP_CONFIG": SETTINGS, "_VOCAB": BYTE_PAIRS}
-    for name, value in flags.items():
-        monkeypatch.setattr(convert, name, type("Flag", (), {"value": str(value)}))
-    convert.main(["", "open-clip-import", str(WEIGHTS), str(tmp_path / "ours")])
+    files = [f"--open_clip_config={SETTINGS}", f"--vocab={BYTE_PAIRS}"]
+    assert flip.main(["convert", "open-clip-import", str(WEIGHTS), str(tmp_path / "ours"), *files]) == 0
     assert f"converted from the open_clip model {WEIGHTS}" in (tmp_path / "ours" / "README.md").read_text()
     encoder = flip_jax.load(tmp_path / "ours")
     np.testing.assert_allclose(encoder.encode_image(recorded["image"]), recorded["z_image"], atol=1e-5)
@@ -64,7 +63,8 @@ def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_as_it_w
         encoder.encode_text(["the sting"]), numpy_towers.embed_text(CONTENT, load_file(WEIGHTS), tokens), atol=1e-5
     )
 
-    convert.main(["", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")])
+    export = ["convert", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")]
+    assert flip.main(export) == 0
     assert "these 914: give it token ids" in capsys.readouterr().out
     assert json.loads((tmp_path / "theirs" / "card.json").read_text())["library"] == "open_clip"
     before, after = load_file(WEIGHTS), load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
@@ -76,8 +76,8 @@ def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_as_it_w
     for tower in ("vision_cfg", "text_cfg"):
         assert exported["model_cfg"][tower].items() >= CONTENT["model_cfg"][tower].items()
     assert open_clip_settings.model_settings(exported, "") == encoder.config.model
-    with pytest.raises(SystemExit, match="is there already; use another folder"):
-        convert.main(["", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")])
+    assert flip.main(export) == 1
+    assert "already exists; use another folder" in capsys.readouterr().err
 
 
 MIXED = {"image_pool": "patches", "image_pre_norm": True, "image_positions": "learned", "loss": "sigmoid"}
@@ -85,7 +85,7 @@ MIXED = {"image_pool": "patches", "image_pre_norm": True, "image_positions": "le
 
 @pytest.mark.parametrize("changes", [{}, MIXED | {"activation": "gelu", "image_pixel_stats": "inception"}])
 def test_flip_itself_is_exported_exactly(tmp_path, changes):
-    """The official options: cls pooled with the rest, a bias of patches, eps 1e-6, first-token text, WordPiece."""
+    """The official options: cls in the mean, a bias of patches, eps 1e-6, first-token text, WordPiece."""
     settings = helpers.model_with(**changes)
     model, params = noisy(settings)
     open_clip.export_model(tmp_path / "out", settings, params, Tokenizer(WORD_PIECE))
@@ -105,13 +105,13 @@ def test_flip_itself_is_exported_exactly(tmp_path, changes):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"text_pool": "mean"}, "never their mean"),
+        ({"text_pool": "mean"}, "never the mean"),
         ({"text_mask_padding": True}, "no padding mask"),
-        ({"text_pool": "last", "text_causal": True}, "by its number"),
+        ({"text_pool": "last", "text_causal": True}, "with the highest id"),
     ],
 )
-def test_what_open_clip_cannot_express_is_refused(changes, reason):
-    with pytest.raises(ValueError, match=reason):
+def test_models_that_open_clip_cannot_express_are_refused(changes, reason):
+    with pytest.raises(UserError, match=reason):
         open_clip_settings.open_clip_settings(helpers.model_with(**changes), Tokenizer(WORD_PIECE))
 
 
@@ -125,7 +125,12 @@ def test_what_open_clip_cannot_express_is_refused(changes, reason):
         ("vision_cfg", "pool_type", "none", "only 'tok' and 'avg' can"),
         ("vision_cfg", "norm_kwargs", {"eps": 1e-6}, "the same in both"),
         ("vision_cfg", "act_kwargs", {"approximate": "tanh"}, "'approximate' of GELU"),
-        ("vision_cfg", "width", "wide", "open_clip.json"),
+        ("vision_cfg", "width", "wide", "open_clip.json: vision_cfg: width must be like 768"),
+        ("vision_cfg", "head_width", 0, "a positive integer"),
+        ("vision_cfg", "pool_type", [], "pool_type must be like 'tok'"),
+        ("vision_cfg", "act_kwargs", 3, "'approximate' of GELU"),
+        ("vision_cfg", "norm_kwargs", {"eps": [1]}, "the same in both"),
+        ("text_cfg", "heads", 3, "does not divide"),
         ("vision_cfg", "new", 1, "it is unknown"),
         ("text_cfg", "pool_type", "last", "only 'argmax'"),
         ("text_cfg", "hf_model_name", "roberta-base", "only None can"),
@@ -135,25 +140,28 @@ def test_what_open_clip_cannot_express_is_refused(changes, reason):
         (None, "vision_cfg", 3, "must be a group of settings"),
     ],
 )
-def test_what_ours_cannot_express_is_refused(group, key, value, reason):
+def test_open_clip_models_that_cannot_be_expressed_here_are_refused(group, key, value, reason):
     content = copy.deepcopy(CONTENT)
     (content["model_cfg"][group] if group else content["model_cfg"])[key] = value
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         open_clip_settings.model_settings(content, "open_clip.json")
 
 
-@pytest.mark.parametrize("pictures", [{"mean": [0, 0, 0]}, {"resize_mode": "squash"}, {"interpolation": "nearest"}])
-def test_pictures_prepared_in_another_way_are_refused(pictures):
-    with pytest.raises(ValueError, match="preprocess_cfg .* cannot be expressed"):
-        open_clip_settings.model_settings(CONTENT | {"preprocess_cfg": pictures}, "open_clip.json")
+@pytest.mark.parametrize(
+    "preprocessing",
+    ["square", {"mean": 0}, {"mean": [0, 0, 0]}, {"resize_mode": "squash"}, {"interpolation": "nearest"}],
+)
+def test_unknown_preprocessing_is_refused(preprocessing):
+    with pytest.raises(UserError, match="preprocess_cfg .* cannot be expressed"):
+        open_clip_settings.model_settings(CONTENT | {"preprocess_cfg": preprocessing}, "open_clip.json")
 
 
-def test_weights_of_another_model_are_refused_with_both_sides(tmp_path):
+def test_weights_of_another_model_are_refused_with_both_shapes(tmp_path):
     weights = load_file(WEIGHTS)
     del weights["visual.proj"]
     weights["ln_final.bias"], weights["more"] = np.zeros(17, np.float32), np.zeros(1, np.float32)
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(UserError) as refused:
         open_clip.import_model(tmp_path / "x.safetensors", SETTINGS)
     for line in (
         "visual.proj: file absent, settings (32, 24)",
@@ -168,9 +176,9 @@ def test_damaged_files_are_refused(tmp_path):
     whole = WEIGHTS.read_bytes()
     for content in (b"", whole[:-1], b"\xff" * 8 + whole[8:], whole[:100]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="x.safetensors: "):
+        with pytest.raises(UserError, match="x.safetensors: "):
             open_clip.import_model(path, SETTINGS)
-    with pytest.raises(ValueError, match="absent.safetensors: "):
+    with pytest.raises(UserError, match="absent.safetensors: "):
         open_clip.import_model(tmp_path / "absent.safetensors", SETTINGS)
     weights = load_file(WEIGHTS)
     for value, reason in (
@@ -178,11 +186,11 @@ def test_damaged_files_are_refused(tmp_path):
         (np.float64(1), "logit_scale is of type F64"),
     ):
         save_file(weights | {"logit_scale": np.array(value)}, path)
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(UserError, match=reason):
             open_clip.import_model(path, SETTINGS)
     for content in (b"{", b"[]", b"\xff", b"[" * 100_000):
         (tmp_path / "x.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.json"):
+        with pytest.raises(UserError, match=r"x\.json"):
             open_clip.import_model(WEIGHTS, tmp_path / "x.json")
 
 
@@ -209,5 +217,5 @@ def test_learned_positions_are_trained_resized_and_not_decayed():
 
 @pytest.mark.parametrize("text", [{"pool": "first"}, {"pool": "last", "mask_padding": True}])
 def test_causal_attention_needs_a_pool_that_sees(text):
-    with pytest.raises(ValueError, match="text.causal: no token sees the padding behind it"):
+    with pytest.raises(UserError, match="text.causal: no token sees the padding behind it"):
         config_check.from_config_dict({"model": {"text": {"causal": True} | text}})

@@ -1,4 +1,4 @@
-"""The page in a real browser: what it shows is what the model says, and what it refuses it says."""
+"""The page in a real browser shows what the model computes, and the reason of each refusal."""
 
 import os
 import re
@@ -32,16 +32,16 @@ document.getElementById("drop").dispatchEvent(
 
 
 @pytest.fixture(scope="module")
-def address(encoder, pictures, tmp_path_factory):
-    """Of the page that the command serves."""
+def address(encoder, images, tmp_path_factory):
+    """The address of the page that the command serves."""
     model = tmp_path_factory.mktemp("model") / "step"
     save(encoder, model)
-    command = [sys.executable, "-m", "flip_jax.demo", f"--model={model}", f"--pictures={pictures}", "--port=0"]
+    command = [sys.executable, "-m", "flip_jax", "demo", f"--model={model}", f"--images={images}", "--port=0"]
     with subprocess.Popen(
         command, cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
         line = server.stdout.readline()
-        yield re.match(r"(http://127\.0\.0\.1:\d+)  \(Ctrl-C ends it\)", line)[1]
+        yield re.match(r"(http://127\.0\.0\.1:\d+)  \(Ctrl-C stops it\)", line)[1]
         server.terminate()
 
 
@@ -58,7 +58,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The page, newly opened: a function that waits for what a CSS selector finds, and gives all of it."""
+    """Open the page; a function that waits until a CSS selector finds something, and returns all of it."""
     browser.get(address)
 
     def find(selector):
@@ -74,11 +74,11 @@ def write(element, text):
 
 
 def message(browser, page, text):
-    """Waits until the page says `text`."""
+    """Wait until the page says `text`."""
     WebDriverWait(browser, 60).until(lambda _: re.search(text, page("#message")[0].text), f"the page never said {text}")
 
 
-def test_a_dropped_picture_is_classified_masked_and_searched_for(browser, page, encoder, tmp_path):
+def test_a_dropped_image_is_classified_masked_and_searched_for(browser, page, encoder, tmp_path):
     write(page("#names")[0], "\n".join(NAMES))
     write(page("#template")[0], TEMPLATE)
     browser.execute_script(DROP, "dropped.png", list(png(50)))
@@ -100,9 +100,7 @@ def test_a_dropped_picture_is_classified_masked_and_searched_for(browser, page, 
     shown = page("#whole")[0].get_attribute("src")
     page("#hits button")[0].click()  # a hit is classified in turn
     WebDriverWait(browser, 60).until(lambda _: page("#whole")[0].get_attribute("src") != shown)
-    assert page("#searched")[0].text == (
-        "12 pictures · 1 left out: image does not decode · 1 left out: outside the folder"
-    )
+    assert page("#searched")[0].text == ("12 images · 1 skipped: image does not decode · 1 skipped: outside the folder")
     assert not page("#message")[0].is_displayed()
 
     path = tmp_path / "page.png"
@@ -114,30 +112,30 @@ def test_a_dropped_picture_is_classified_masked_and_searched_for(browser, page, 
     assert not browser.get_log("browser")  # no refusal by the policy either
 
 
-def test_refusals_are_read_on_the_page(browser, page, pictures, tmp_path):
+def test_refusals_are_shown_on_the_page(browser, page, images, tmp_path):
     page("#classes button")[0].click()
-    message(browser, page, "Drop a picture first")
+    message(browser, page, "Drop an image first")
     (tmp_path / "page.html").write_text("<script>alert(1)</script>")
     page("#file")[0].send_keys(str(tmp_path / "page.html"))
-    message(browser, page, "This is no picture that can be used .image does not decode")
+    message(browser, page, "This image cannot be used .image does not decode")
     with open(tmp_path / "large.png", "wb") as file:
         os.truncate(file.fileno(), 40 * 2**20)
     page("#file")[0].send_keys(str(tmp_path / "large.png"))
     message(browser, page, "large.png has 40 MiB, more than the 32 MiB allowed")
     page("#search button")[0].click()
-    message(browser, page, "Say what to look for")
+    message(browser, page, "Enter a text to search for")
     write(page("#text")[0], "a")
     page("#search button")[0].click()
     target = next(hit for hit in page("#hits button") if hit.get_attribute("title") == "03.PNG")
-    content = (pictures / "03.PNG").read_bytes()
-    (pictures / "03.PNG").unlink()
-    (pictures / "03.PNG").symlink_to("/etc/passwd")
+    content = (images / "03.PNG").read_bytes()
+    (images / "03.PNG").unlink()
+    (images / "03.PNG").symlink_to("/etc/passwd")
     try:
         target.click()
-        message(browser, page, "'03.PNG' is none of the pictures in the folder")
+        message(browser, page, "'03.PNG' is not one of the images in the folder")
     finally:
-        (pictures / "03.PNG").unlink()
-        (pictures / "03.PNG").write_bytes(content)
+        (images / "03.PNG").unlink()
+        (images / "03.PNG").write_bytes(content)
     browser.execute_script(DROP, "fine.png", list(png(51)))
     page("#scores li")
     assert not page("#message")[0].is_displayed()

@@ -1,4 +1,4 @@
-"""python -m flip_jax.evaluate: its table, chart and JSON, missing data, the same numbers on any layout of devices."""
+"""`flip evaluate`: table, chart and JSON, missing data, and equal numbers on any layout of devices."""
 
 import io
 import json
@@ -16,19 +16,19 @@ from helpers import REPO, environment, png, reference_ranks, unit, write_samples
 from PIL import Image
 
 import flip_jax
-from flip_jax import config_check, evaluators
+from flip_jax import config_check
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.evaluators import retrieval
+from flip_jax.evaluators import known, retrieval
 from flip_jax.models.flip import FLIP
 from flip_jax.tools import evaluate
 
-PICTURES, CLASSES = 45, 6
+IMAGES, CLASSES = 45, 6
 WORDS = ("[PAD]", "[UNK]", "class", "caption", "a", *"0123456789", *(f"##{i}" for i in range(10)))
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The folder of a step with random weights."""
+    """Save random weights as a step and return the run's folder."""
     step = tmp_path_factory.mktemp("model") / "checkpoints" / "7"
     params = nnx.to_pure_dict(nnx.split(FLIP(helpers.MODEL, nnx.Rngs(0)))[1])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -42,12 +42,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory):
-    """Zero-shot and retrieval on pictures in CLIP_benchmark's layout, two captions each."""
+    """Zero-shot and retrieval on images in CLIP_benchmark's layout, two captions each."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    labels = rng.integers(0, CLASSES, PICTURES)
+    labels = rng.integers(0, CLASSES, IMAGES)
     samples = [
-        {"png": png(i), "cls": b"%d" % labels[i], "txt": f"caption {i}\na caption {i}".encode()}
-        for i in range(PICTURES)
+        {"png": png(i), "cls": b"%d" % labels[i], "txt": f"caption {i}\na caption {i}".encode()} for i in range(IMAGES)
     ]
     write_samples(folder / "test" / "0.tar", samples[:20])
     write_samples(folder / "test" / "1.tar", samples[20:])
@@ -57,12 +56,12 @@ def tasks(tmp_path_factory):
 
 
 def command(model, tasks, *more):
-    return [sys.executable, "-m", "flip_jax.evaluate", f"--workdir={model}", f"--tasks={','.join(tasks)}", *more]
+    return [sys.executable, "-m", "flip_jax", "evaluate", f"--model={model}", f"--tasks={','.join(tasks)}", *more]
 
 
 @pytest.fixture(scope="session")
 def evaluated(model, tasks, tmp_path_factory):
-    """The tool on one device, with a set that is not there between two that are."""
+    """The command on one device, with a missing data set between two that exist."""
     out = tmp_path_factory.mktemp("out")
     _, (zeroshot, retrieval) = tasks
     more = (f"--json={out}/all.json", f"--chart={out}/all.png", "--batch_size=20", f"--tfds_dir={out}/none")
@@ -81,23 +80,23 @@ def test_the_numbers_are_those_of_the_embeddings(evaluated, model, tasks):
     _, out = evaluated
     labels, (zeroshot, retrieve) = tasks
     encoder = flip_jax.load(model)
-    pictures = [Image.open(io.BytesIO(png(i))) for i in range(PICTURES)]
-    image_NxE = np.asarray(encoder.encode_image(pictures))
+    images = [Image.open(io.BytesIO(png(i))) for i in range(IMAGES)]
+    image_NxE = np.asarray(encoder.encode_image(images))
     class_CxE = unit(encoder.encode_text([f"a photo of a class {c}." for c in range(CLASSES)]))
     found = json.loads((out / "all.json").read_text())["results"]
     assert found[zeroshot]["top1"] == pytest.approx(100 * np.mean(np.argmax(image_NxE @ class_CxE.T, 1) == labels))
-    texts = [f"{a}caption {i}" for i in range(PICTURES) for a in ("", "a ")]
-    ranks = reference_ranks(image_NxE, encoder.encode_text(texts), np.repeat(np.arange(PICTURES), 2))
+    texts = [f"{a}caption {i}" for i in range(IMAGES) for a in ("", "a ")]
+    ranks = reference_ranks(image_NxE, encoder.encode_text(texts), np.repeat(np.arange(IMAGES), 2))
     assert found[retrieve] == pytest.approx(retrieval.recalls(*ranks))
 
 
-def test_a_set_that_is_not_there_is_said_and_the_others_are_done(evaluated, tasks):
+def test_a_missing_data_set_is_reported_and_the_others_are_evaluated(evaluated, tasks):
     done, out = evaluated
     assert done.returncode == 1 and "Traceback" not in done.stderr
     report = json.loads((out / "all.json").read_text())
     assert list(report["results"]) == list(tasks[1])
     assert "tfds build cifar10" in report["errors"]["zeroshot/cifar10"]
-    assert done.stderr.startswith("left out: zeroshot/cifar10: ") and "error: zeroshot/cifar10: " in done.stderr
+    assert done.stderr.startswith("skipped: zeroshot/cifar10: ") and "error: zeroshot/cifar10: " in done.stderr
     assert report["means"] == {
         f"{task.partition('/')[0]}/mean": report["results"][task][name]
         for task, name in zip(tasks[1], ("top1", "mean_recall"), strict=True)
@@ -108,19 +107,21 @@ def test_a_set_that_is_not_there_is_said_and_the_others_are_done(evaluated, task
         assert f"{next(iter(report['results'][task].values())):.2f}*" in done.stdout
 
 
-def test_nothing_is_done_where_a_name_is_unknown(model, tasks):
-    with pytest.raises(evaluators.datasets.Unknown, match="known are cifar10, "):
-        settings = evaluate.settings(helpers.CONFIG, {"eval.tasks": [*tasks[1], "zeroshot/cifar1"]}, 1)
+def test_an_unknown_name_stops_everything(model, tasks):
+    with pytest.raises(known.Unknown, match="known are cifar10, "):
+        settings = evaluate.change_settings(helpers.CONFIG, {"eval.tasks": [*tasks[1], "zeroshot/cifar1"]}, 1)
         evaluate.evaluate(None, settings)
 
 
-def test_batches_divide_by_the_devices_and_the_command_line_has_the_last_word():
-    settings = evaluate.settings(helpers.CONFIG, {"eval.batch_size": 20, "eval.mask": "", "data.tfds_dir": "/x"}, 8)
+def test_batches_divide_by_the_devices_and_the_command_line_overrides_the_run():
+    settings = evaluate.change_settings(
+        helpers.CONFIG, {"eval.batch_size": 20, "eval.mask": "", "data.tfds_dir": "/x"}, 8
+    )
     assert settings.eval.batch_size == 24 and settings.data.tfds_dir == "/x"
     assert settings.eval.mask == helpers.CONFIG.eval.mask
 
 
-def test_the_table_has_a_mean_of_the_headlines_for_each_evaluator():
+def test_the_table_has_the_mean_of_the_headlines_of_each_evaluator():
     results = {
         "zeroshot/pets": {"mean_per_class": 40.0, "top1": 50.0},
         "zeroshot/cifar10": {"top1": 80.0, "mean_per_class": 79.0},
@@ -140,7 +141,7 @@ def test_the_table_has_a_mean_of_the_headlines_for_each_evaluator():
 
 def test_on_eight_devices_the_numbers_are_the_same(evaluated, model, tasks):
     encoder = flip_jax.load(model, jax.devices())
-    settings = evaluate.settings(encoder.config, {"eval.tasks": list(tasks[1]), "eval.batch_size": 12}, 8)
+    settings = evaluate.change_settings(encoder.config, {"eval.tasks": list(tasks[1]), "eval.batch_size": 12}, 8)
     with jax.set_mesh(encoder.mesh):
         results, errors = evaluate.evaluate(encoder, settings)
     assert not errors and settings.eval.batch_size == 16
@@ -154,7 +155,7 @@ def test_in_two_processes_of_four_devices_the_numbers_are_the_same(evaluated, mo
     probes = [f"{name}/{source};train={source}" for name in ("linear_probe", "few_shot")]
     encoder = flip_jax.load(model, jax.devices()[:1])
     with jax.set_mesh(encoder.mesh):
-        settings = evaluate.settings(encoder.config, {"eval.tasks": probes, "eval.batch_size": 16}, 1)
+        settings = evaluate.change_settings(encoder.config, {"eval.tasks": probes, "eval.batch_size": 16}, 1)
         expected, _ = evaluate.evaluate(encoder, settings)
     expected |= json.loads((evaluated[1] / "all.json").read_text())["results"]
     with socket.socket() as s:
@@ -184,6 +185,6 @@ def test_in_two_processes_of_four_devices_the_numbers_are_the_same(evaluated, mo
     assert "mean of *" in outputs[0] and "mean of *" not in outputs[1]
     found = json.loads((tmp_path / "all.json").read_text())["results"]
     for results in (expected, found):
-        # These labels are noise, of which all strong penalties make the same: rounding picks one of them.
+        # The labels are noise, on which all strong penalties score alike: rounding picks one of them.
         results[probes[0]].pop("log10_penalty")
     assert found == {task: pytest.approx(values) for task, values in expected.items()}

@@ -1,7 +1,7 @@
-"""What the tool counts, against sources whose content is known."""
+"""Counts of sources whose content is known."""
 
 import random
-import sys
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,15 +10,16 @@ from helpers import png, samples, write_tar
 from PIL import Image
 
 from flip_jax.config import DataConfig
-from flip_jax.data import sources
+from flip_jax.data import sources, transforms
+from flip_jax.tools import __main__
 from flip_jax.tools import inspect as inspect_tool
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Two tars with 44 records, of which 4 are bad in 3 ways; pictures of 12 x 10 pixels but one, seven classes."""
+    """Two tars with 44 records, of which 4 are bad in 3 ways; all images but one have 12 x 10 pixels; seven classes."""
     members = [list(samples(1, i)) for i in range(40)]
-    members[3][0] = (members[3][0][0], b"<html>not a picture</html>")
+    members[3][0] = (members[3][0][0], b"<html>not an image</html>")
     members[4][0] = (members[4][0][0], png(4)[:60])
     members[5] = members[5][1:]
     members[6] = members[6][:1]
@@ -61,40 +62,59 @@ def test_only_the_first_records_are_read(damaged):
     assert inspect(damaged, limit=5).bad == {"image does not decode": 2}
 
 
-def test_quantiles_are_values_that_came():
+def test_quantiles_are_values_that_occurred():
     values = [random.Random(0).randrange(1000) for _ in range(501)]
     expected = np.quantile(values, inspect_tool.QUANTILES, method="inverted_cdf")
     assert inspect_tool.quantiles(Counter(values)) == expected.tolist()
     assert inspect_tool.quantiles(Counter([5])) == [5] * 7
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["inspect_data", *map(str, arguments)])
-    inspect_tool.main()
+def run(*arguments):
+    return __main__.main(["inspect", *map(str, arguments)])
 
 
-def test_the_tool_prints_and_draws(damaged, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, damaged, f"--out={tmp_path}/new")
+def test_the_command_prints_and_draws(damaged, tmp_path, capsys):
+    assert run(damaged, f"--out={tmp_path}/new") == 0
     found = capsys.readouterr()
     assert "44 records read" in found.out and "records/s" in found.out
     assert "44/44" in found.err and "records/s" in found.err  # the progress bar
     with Image.open(tmp_path / "new" / "inspection.png") as image:
         assert image.size == (1200, 1200)
         pixels = np.asarray(image.convert("L"))
+    # Five bands: four rows of images and a histogram.
     assert all(pixels[i : i + 200].std() > 10 for i in range(0, 1200, 200))
 
 
-def test_sources_without_usable_records_are_drawn_too(tmp_path, monkeypatch, capsys):
+def test_source_is_an_option_too(damaged, tmp_path, capsys):
+    assert run(f"--source={damaged}", f"--out={tmp_path}", "--limit=5") == 0
+    assert "5 records read: 3 usable, 2 bad" in capsys.readouterr().out
+
+
+def test_sources_without_usable_records_are_drawn_too(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", [("1.txt", b"x")])
-    run(monkeypatch, f"webdataset:{tmp_path}/0.tar", f"--out={tmp_path}")
+    assert run(f"webdataset:{tmp_path}/0.tar", f"--out={tmp_path}") == 0
     assert "1 records read: 0 usable, 1 bad" in capsys.readouterr().out
     assert (tmp_path / "inspection.png").stat().st_size > 1000
 
 
-def test_bad_arguments_are_one_line(tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_one_line(damaged, tmp_path, capsys):
     for source in ("nothing:x", "x", f"webdataset:{tmp_path}/none.tar"):
-        with pytest.raises(SystemExit, match=f"^error: SOURCE .*{source}"):
-            run(monkeypatch, source)
+        assert run(source) == 1
+        assert re.match(f"^error: --source .*{source}.*\n$", capsys.readouterr().err)
+    assert run() == 1
+    assert capsys.readouterr().err == "error: SOURCE is missing: give it as an argument or with --source\n"
+    (tmp_path / "file").write_text("")
+    assert run(damaged, f"--out={tmp_path}/file") == 1
+    assert re.match("error: --out '.*file' cannot be created .File exists.*another folder", capsys.readouterr().err)
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "webdataset:x", "--limit=0")
-    assert "invalid positive value: '0'" in capsys.readouterr().err
+        run("webdataset:x", "--limit=0")
+    assert "argument --limit: must be an integer of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_a_bad_record(damaged, monkeypatch):
+    def broken(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(transforms, "decode", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        inspect(damaged)

@@ -1,4 +1,4 @@
-"""Shards that hold what the source held, evenly and shuffled, and the same bytes however often the tool was killed."""
+"""Shards hold what the source held, evenly and shuffled, and the same bytes after interruptions."""
 
 import io
 import itertools
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import types
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,8 @@ from PIL import Image
 
 from flip_jax.config import DataConfig
 from flip_jax.data import sources, transforms
+from flip_jax.runtime import UserError
+from flip_jax.tools import __main__
 from flip_jax.tools import prepare as prepare_tool
 
 
@@ -23,7 +26,7 @@ from flip_jax.tools import prepare as prepare_tool
 def source(tmp_path):
     """Three tars of 15 samples; 3 of the 45 cannot be used."""
     members = [list(samples(1, i)) for i in range(45)]
-    members[3][0] = (members[3][0][0], b"no picture")
+    members[3][0] = (members[3][0][0], b"no image")
     members[20] = members[20][1:]
     members[21] = members[21][:1]
     members[30] = members[30][::2]  # a class, but no caption
@@ -34,7 +37,7 @@ def source(tmp_path):
 
 @pytest.fixture(autouse=True)
 def save_often(monkeypatch):
-    monkeypatch.setattr(prepare, "HELD", 4000)
+    monkeypatch.setattr(prepare_tool, "HELD", 4000)
 
 
 def prepare(source, out, shards=4, shortest_side=None, seed=0):
@@ -91,7 +94,7 @@ def test_the_order_is_random_and_follows_from_the_seed(tmp_path):
     assert orders["a"] != orders["c"]
     for shard in orders["a"]:
         assert len(shard) == 100 and abs(np.corrcoef(shard, range(100))[0, 1]) < 0.3
-    # Of four records that follow one another, each goes to another shard, and not always to the same one.
+    # Four consecutive records go to four shards, and not always in the same order.
     place = {number: i for i, shard in enumerate(orders["a"]) for number in shard}
     dealt = Counter(tuple(place[4 * block + i] for i in range(4)) for block in range(100))
     assert all(len(set(order)) == 4 for order in dealt) and len(dealt) > 15
@@ -101,11 +104,11 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(source, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_and_gives_the_same_bytes(source, tmp_path, monkeypatch):
     prepare(source, tmp_path / "whole")
     truth = digest(tmp_path / "whole")
     points = itertools.count()
-    real = {(os, "replace"): os.replace, (prepare, "members"): prepare_tool.members}
+    real = {(os, "replace"): os.replace, (prepare_tool, "members"): prepare_tool.members}
 
     def killable(call, kill_at, late):
         def function(*arguments):
@@ -139,52 +142,52 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(source, tmp_path, monkeyp
     assert kills > 20 and resumed > 10
 
 
-def test_a_process_that_is_killed_goes_on(source, tmp_path):
+def test_a_killed_process_resumes(source, tmp_path):
     prepare(source, tmp_path / "whole")
     program = (
-        "import sys, os, signal; from flip_jax import prepare_data; prepare_data.HELD = 4000\n"
-        "real = prepare_data.shuffle\n"
+        "import sys, os, signal; from flip_jax.tools import __main__, prepare; prepare.HELD = 4000\n"
+        "real = prepare.shuffle\n"
         "def shuffle(part, path, seed):\n"
         "    real(part, path, seed)\n"
         "    if '00002' in str(part): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "prepare_data.shuffle = shuffle if sys.argv.pop() == 'kill' else real\n"
-        "prepare_data.main()"
+        "prepare.shuffle = shuffle if sys.argv.pop() == 'kill' else real\n"
+        "sys.exit(__main__.main())"
     )
-    command = [sys.executable, "-c", program, source, str(tmp_path / "out"), "--shards=4"]
+    command = [sys.executable, "-c", program, "prepare", source, str(tmp_path / "out"), "--shards=4"]
     assert subprocess.run([*command, "kill"], capture_output=True, cwd=REPO).returncode == -9
     kept = os.stat(tmp_path / "out" / "00001.tar")
-    done = subprocess.run([*command, "go"], capture_output=True, text=True, cwd=REPO)
+    done = subprocess.run([*command, "finish"], capture_output=True, text=True, cwd=REPO)
     assert "45 records read: 42 written to 4 shards, 3 bad" in done.stdout and "1 no text" in done.stdout
     assert f"webdataset:{tmp_path}/out/{{00000..00003}}.tar" in done.stdout
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert os.stat(tmp_path / "out" / "00001.tar").st_mtime_ns == kept.st_mtime_ns
 
 
-def test_larger_pictures_are_reduced(tmp_path):
-    def picture(size, kind, **options):
+def test_larger_images_are_reduced(tmp_path):
+    def encoded(size, kind, **options):
         out = io.BytesIO()
         Image.radial_gradient("L").resize(size).convert("RGB").save(out, kind, **options)
         return out.getvalue()
 
     exif = Image.Exif()
     exif[transforms.ORIENTATION] = 6
-    pictures = {
-        "small.jpg": picture((99, 30), "JPEG"),
-        "wide.jpg": picture((200, 80), "JPEG"),
-        "turned.jpg": picture((200, 80), "JPEG", exif=exif.tobytes()),
-        "tall.png": picture((61, 122), "PNG"),
-        "exact.webp": picture((40, 99), "WEBP"),
-        "too_long.png": picture((65_000, 40), "PNG"),
+    images = {
+        "small.jpg": encoded((99, 30), "JPEG"),
+        "wide.jpg": encoded((200, 80), "JPEG"),
+        "turned.jpg": encoded((200, 80), "JPEG", exif=exif.tobytes()),
+        "tall.png": encoded((61, 122), "PNG"),
+        "exact.webp": encoded((40, 99), "WEBP"),
+        "too_long.png": encoded((65_000, 40), "PNG"),
     }
-    names = list(pictures)
-    members = [(f"{i}.{n.split('.')[1]}", pictures[n]) for i, n in enumerate(names)]
+    names = list(images)
+    members = [(f"{i}.{n.split('.')[1]}", images[n]) for i, n in enumerate(names)]
     write_tar(tmp_path / "0.tar", itertools.chain(*((m, (f"{m[0][0]}.txt", b"x")) for m in members)))
     prepare(f"webdataset:{tmp_path}/0.tar", tmp_path / "out", shards=1, shortest_side=40)
     (found,) = contents(tmp_path / "out")
     sizes = {"wide.jpg": (100, 40), "turned.jpg": (40, 100), "tall.png": (40, 80)}
     for i, name in enumerate(names):
         if name not in sizes:
-            assert found[f"{i:010}.{name.split('.')[1]}"] == pictures[name]
+            assert found[f"{i:010}.{name.split('.')[1]}"] == images[name]
             continue
         with Image.open(io.BytesIO(found[f"{i:010}.jpg"])) as image:
             assert image.format == "JPEG" and image.size == sizes[name]
@@ -208,7 +211,8 @@ def test_captions_and_classes_are_kept(tmp_path, monkeypatch):
                 record = {"key": str(index), "epoch": epoch, "image": png(index), "texts": texts, "label": label}
                 yield record, sources.END
 
-    monkeypatch.setitem(sources.KINDS, "toy", Toy)
+    monkeypatch.setitem(sys.modules, "toy", types.SimpleNamespace(Toy=Toy))
+    monkeypatch.setitem(sources.KINDS, "toy", "toy:Toy")
     done = prepare("toy:x", tmp_path / "out", shards=3)
     assert done.written == 20
     everything = {name: data for shard in contents(tmp_path / "out") for name, data in shard.items()}
@@ -226,17 +230,28 @@ def test_captions_and_classes_are_kept(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "classnames.txt").read_text() == "owl\nred fox\n"
 
 
-def test_what_does_not_fit_is_refused(source, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="42 of 45 records can be used, too few for 43 shards"):
+def test_what_does_not_fit_is_refused(source, tmp_path, capsys):
+    with pytest.raises(UserError, match="42 of 45 records can be used, too few for --shards=43: lower it"):
         prepare(source, tmp_path / "many", shards=43)
     prepare(source, tmp_path / "out")
-    with pytest.raises(ValueError, match="was begun with .*'seed': 0.*not .*'seed': 1"):
+    with pytest.raises(UserError, match="was started with .*'seed': 0.*not .*'seed': 1"):
         prepare(source, tmp_path / "out", seed=1)
-    with pytest.raises(ValueError, match="is not empty, and was not begun by this tool"):
+    with pytest.raises(UserError, match="is not empty and not from this command"):
         prepare(source, tmp_path)
     os.remove(tmp_path / "out" / "00001.tar")
-    with pytest.raises(ValueError, match="00001.part has lost what was written to it: delete .*out and start again"):
+    with pytest.raises(UserError, match="00001.part is shorter than progress.json says: delete .*out and start again"):
         prepare(source, tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["prepare_data", "webdataset:/nowhere.tar", str(tmp_path / "x"), "--shards=2"])
-    with pytest.raises(SystemExit, match="^error: SOURCE 'webdataset:/nowhere.tar': 1 of 1 shards are not there"):
-        prepare_tool.main()
+    capsys.readouterr()  # the progress bars
+    assert __main__.main(["prepare", "webdataset:/nowhere.tar", str(tmp_path / "x"), "--shards=2"]) == 1
+    assert capsys.readouterr().err.startswith("error: --source 'webdataset:/nowhere.tar': 1 of 1 shards are")
+    assert __main__.main(["prepare", source, "--shards=2"]) == 1
+    assert capsys.readouterr().err == "error: OUT is missing: give it as an argument or with --out\n"
+
+
+def test_a_bug_while_reducing_is_not_a_bad_record(source, tmp_path, monkeypatch):
+    def broken(_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(transforms, "upright_rgb", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        prepare(source, tmp_path / "out", shortest_side=4)

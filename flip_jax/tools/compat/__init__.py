@@ -1,1 +1,1 @@
-"""Weights of other code bases: the official FLIP checkpoints, and open_clip models both ways."""
+"""Read and write weights of other code bases: official FLIP checkpoints, and open_clip models both ways."""

@@ -1,10 +1,11 @@
-"""Weights of the released FLIP checkpoints, which t5x wrote, in our names."""
+"""Read the weights of the released FLIP checkpoints, which t5x wrote, under our names."""
 
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from flax import nnx, serialization
@@ -13,8 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flip_jax.config import ModelConfig
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
+from flip_jax.runtime import UserError
 
-MAX_INDEX_BYTES = 2**26  # of the file that names the arrays; those of the released models are far smaller
+MAX_INDEX_BYTES = 2**26  # limit for the file that names the arrays; the released models need far less
 _TOWERS = {"image": "img_encoder", "text": "txt_encoder"}
 _NORM, _DENSE = ("scale", "bias"), ("kernel", "bias")
 _BLOCK = {
@@ -24,7 +26,7 @@ _BLOCK = {
     "mlp2": ("MlpBlock_0/Dense_1", _DENSE),
     **{name: (f"MultiHeadDotProductAttention_0/{name}", _DENSE) for name in ("query", "key", "value", "out")},
 }
-# Our parameter to the official one; of a stacked parameter each layer is an official one, {:02} its number.
+# Our parameters and the official ones. Each layer of a stacked parameter is an official one, with number {:02}.
 NAMES = {
     "logit_scale": "logit_scale",
     "image_projection/kernel": "img_mlp1/kernel",
@@ -46,7 +48,7 @@ POSITIONS = NAMES["image/pos_embed"]
 
 
 def to_ours(official: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """{"image/cls": array, ...} of {official name: array}, the layers stacked. ValueError for a name that is none."""
+    """Turn {official name: array} into {"image/cls": array, ...} with stacked layers; UserError for unknown names."""
     rest, found = dict(official), {}
     for ours, template in NAMES.items():
         layers = []
@@ -55,17 +57,17 @@ def to_ours(official: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if layers:
             found[ours] = np.stack(layers) if "{" in template else np.asarray(layers[0])
     if rest:
-        raise ValueError(f"no parameters of FLIP: {', '.join(sorted(rest))}")
+        raise UserError(f"unknown parameters, not FLIP's: {', '.join(sorted(rest))}")
     return found
 
 
 def load(folder: str | pathlib.Path, model: ModelConfig) -> dict[str, Any]:
-    """The weights, as nested dicts of f32 arrays, of a folder checkpoint_STEP; the optimiser's state is left out.
+    """Read the weights of a folder checkpoint_STEP as nested dicts of f32 arrays, without the optimizer's state.
 
-    A position table of another size is computed anew for the model's, as the official code does.
+    A position table of another size is recomputed for the model's size, as the official code does.
 
     Raises:
-      ValueError: files missing or damaged, or names or shapes that are not the model's, both sides.
+      UserError: files are missing or damaged, or names or shapes differ from the model's (both sides are listed).
     """
     folder = pathlib.Path(folder).absolute()
     leaves = _index(folder)
@@ -79,7 +81,7 @@ def load(folder: str | pathlib.Path, model: ModelConfig) -> dict[str, Any]:
         if theirs.get(name) != ours.get(name) and not (rebuilt and name == POSITIONS)
     ]
     if differences:
-        raise ValueError(f"The weights in {folder} do not fit config.model:\n" + "\n".join(differences))
+        raise UserError(f"The weights in {folder} do not fit config.model:\n" + "\n".join(differences))
     arrays = {name: _read(folder, name, store) for name, store in stores.items()}
     if rebuilt:
         image = model.image
@@ -88,62 +90,71 @@ def load(folder: str | pathlib.Path, model: ModelConfig) -> dict[str, Any]:
 
 
 def _index(folder: pathlib.Path) -> dict[str, Any]:
-    """{official name: where its array is}."""
+    """Return {official name: where its array is}."""
     path = folder / "checkpoint"
     if not path.is_file():
-        raise ValueError(f"{folder} has no file 'checkpoint': it must be a folder checkpoint_STEP of the official code")
+        raise UserError(f"{folder} has no file 'checkpoint': it must be a folder checkpoint_STEP of the official code")
     if path.stat().st_size > MAX_INDEX_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, more than {MAX_INDEX_BYTES}: it is no t5x checkpoint"
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, more than {MAX_INDEX_BYTES}: this is no t5x checkpoint"
         )
     try:
-        target = serialization.msgpack_restore(path.read_bytes())["optimizer"]["target"]
-        return flatten_dict(target, sep="/", is_leaf=lambda _, value: "driver" in value)
-    except Exception as error:  # whatever damaged bytes make of msgpack
-        raise ValueError(f"{path} is damaged or no t5x checkpoint: {type(error).__name__}: {error}") from error
+        content = serialization.msgpack_restore(path.read_bytes())
+    except Exception as error:  # msgpack raises many kinds of errors on damaged bytes
+        raise UserError(f"{path} is damaged or no t5x checkpoint: {type(error).__name__}: {error}") from error
+    optimizer = content.get("optimizer") if isinstance(content, Mapping) else None
+    target = optimizer.get("target") if isinstance(optimizer, Mapping) else None
+    if not isinstance(target, Mapping):
+        raise UserError(f"{path} is damaged or no t5x checkpoint: it has no parameters under optimizer/target")
+    return flatten_dict(target, sep="/", is_leaf=lambda _, value: "driver" in value)
 
 
 def _open(folder: pathlib.Path, name: str, leaf: Any) -> Any:
-    """The array, opened but not read. Whatever store its specification names, it is the folder beside the index."""
+    """Open an array without reading it; it must lie next to the index, wherever its specification points."""
     if isinstance(leaf, np.ndarray):
+        if not jnp.issubdtype(leaf.dtype, np.number):
+            raise UserError(f"{folder}: {name} must hold numbers, got {leaf.dtype}")
         return leaf
     own = "target." + name.replace("/", ".")
     try:
         driver, path = leaf["driver"], pathlib.PurePosixPath(leaf["kvstore"]["path"]).name
         shape, dtype = tuple(leaf["metadata"]["shape"]), leaf["dtype"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: the specification of {name} is damaged: {leaf!r}") from error
+    except (KeyError, TypeError) as error:  # the file decides what is in `leaf`
+        raise UserError(f"{folder}: the specification of {name} is damaged: {leaf!r}") from error
     if driver != "zarr" or dtype != "float32" or path != own:
-        raise ValueError(f"{folder}: {name} must be a float32 zarr in {own}, got {dtype} {driver} in {path!r}")
+        raise UserError(f"{folder}: {name} must be a float32 zarr in {own}, got {dtype} {driver} in {path!r}")
     place = folder / own
     if not (place / ".zarray").is_file() or place.resolve().parent != folder.resolve():
-        raise ValueError(f"{place} with its .zarray must be in the folder of the checkpoint, but is missing")
+        raise UserError(f"{place} with its .zarray must be in the folder of the checkpoint, but is missing")
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{place}/"},
-        "fill_missing_data_reads": False,  # a chunk that is not there is an error, not zeros
+        "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
     }
     try:
         store = tensorstore.open(spec, open=True).result()
-    except Exception as error:  # tensorstore raises by the kind of failure
-        raise ValueError(f"{place / '.zarray'} is damaged: {error}") from error
+    except Exception as error:  # tensorstore raises a different type for every failure
+        raise UserError(f"{place / '.zarray'} is damaged: {error}") from error
     if tuple(store.shape) != shape or store.dtype.name != dtype:
-        raise ValueError(f"{place}: .zarray says {store.dtype.name} {store.shape}, 'checkpoint' {dtype} {shape}")
+        raise UserError(f"{place}: .zarray says {store.dtype.name} {store.shape}, 'checkpoint' {dtype} {shape}")
     return store
 
 
 def _read(folder: pathlib.Path, name: str, store: Any) -> np.ndarray:
-    try:
-        array = np.asarray(store if isinstance(store, np.ndarray) else store.read().result(), np.float32)
-    except Exception as error:  # as above
-        raise ValueError(f"{folder}: {name} has missing or damaged chunks: {error}") from error
+    array = store
+    if not isinstance(store, np.ndarray):
+        try:
+            array = store.read().result()
+        except Exception as error:  # tensorstore raises a different type for every failure
+            raise UserError(f"{folder}: {name} has missing or damaged chunks: {error}") from error
+    array = np.asarray(array, np.float32)
     if not np.isfinite(array).all():
-        raise ValueError(f"{folder}: {name} holds values that are not finite")
+        raise UserError(f"{folder}: {name} holds values that are not finite")
     return array
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{official name: shape} of the model's parameters; one that FLIP has not keeps our name."""
+    """Return {official name: shape} of the model's parameters; those without a counterpart keep our name."""
     shapes = {}
     for name, leaf in flatten_dict(abstract_params(model), sep="/").items():
         template = NAMES.get(name, name)
@@ -154,6 +165,6 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def abstract_params(model: ModelConfig) -> dict[str, Any]:
-    """The model's parameters as nested dicts of `jax.ShapeDtypeStruct`."""
+    """Return the model's parameters as nested dicts of `jax.ShapeDtypeStruct`."""
     state = nnx.split(nnx.eval_shape(lambda: FLIP(model, nnx.Rngs(0))))[1]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))

@@ -1,4 +1,4 @@
-"""Weights of open_clip models as ours and ours as open_clip's, by way of safetensors."""
+"""Convert weights of open_clip models to ours and back, as safetensors files."""
 
 import json
 import math
@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 from flip_jax.config import ModelConfig
 from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from flip_jax.models.flip import MAX_SCALE
+from flip_jax.runtime import UserError
+from flip_jax.tools import options
 from flip_jax.tools.compat.official import abstract_params
 from flip_jax.tools.compat.open_clip_settings import EPS, model_settings, open_clip_settings
 
@@ -22,11 +24,11 @@ MAX_JSON_BYTES = 2**20
 
 
 def import_model(weights: pathlib.Path, settings: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """A model's settings and weights, of a safetensors file and of open_clip's JSON configuration.
+    """Read a model's settings and weights from open_clip's JSON configuration and a safetensors file.
 
     Raises:
-      ValueError: files that are damaged; an architecture that ours cannot express, and why; names or shapes that
-        differ, both sides.
+      UserError: a file is damaged, our settings cannot express the architecture (the message says why), or names or
+        shapes differ (both sides are listed).
     """
     model = model_settings(_read_json(settings), str(settings))
     theirs = {name.removeprefix("text."): array for name, array in _read_weights(weights).items()}
@@ -42,18 +44,18 @@ def import_model(weights: pathlib.Path, settings: pathlib.Path) -> tuple[ModelCo
         if name not in theirs or name not in expected or theirs[name].shape != expected[name].shape
     ]
     if differences:
-        raise ValueError(f"{weights} is not the model that {settings} describes:\n" + "\n".join(differences))
-    # `to_open_clip` moves numbers and changes none: it is a permutation, whose transpose is its inverse.
+        raise UserError(f"{weights} is not the model that {settings} describes:\n" + "\n".join(differences))
+    # `to_open_clip` only moves numbers: it is a permutation, so its transpose is its inverse.
     (params,) = jax.linear_transpose(to_open_clip, abstract)({k: jnp.asarray(v) for k, v in theirs.items()})
     if model.image.positions == "sincos" and np.any(params["image"]["pos_embed"][0, 0]):
-        raise ValueError(
-            f"{weights}: fixed positions must leave cls as it is, but visual.positional_embedding[0] is not 0"
+        raise UserError(
+            f"{weights}: with fixed positions visual.positional_embedding[0], which is added to cls, must be 0"
         )
     return model, params
 
 
 def to_open_clip(params: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """{open_clip's name: array} of weights that are laid out as its are. Linear: it only moves numbers."""
+    """Return {open_clip's name: array} for an architecture that open_clip has. Linear: it only moves numbers."""
     image, text = params["image"], params["text"]
     named = {
         "visual.conv1.weight": image["patch_kernel"].transpose(3, 2, 0, 1),
@@ -104,22 +106,22 @@ def _blocks(name: str, stacked: Mapping[str, Any]) -> dict[str, Any]:
 def export_model(
     folder: pathlib.Path, model: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer
 ) -> list[str]:
-    """Writes open_clip_config.json, open_clip_model.safetensors and, of a WordPiece, what `transformers` reads.
+    """Write open_clip_config.json, open_clip_model.safetensors and, for a WordPiece, the files of `transformers`.
 
-    Returns what a user has to know about the result.
+    Returns notes on the result for the user.
 
     Raises:
-      ValueError: an architecture that open_clip cannot express, and why; a folder that holds such files already.
+      UserError: open_clip cannot express the architecture (the message says why), or the folder already has a model.
     """
     settings, notes = open_clip_settings(model, tokenizer)
     weights = {name: np.asarray(value, np.float32) for name, value in _export_weights(model, params).items()}
     broken = [name for name, value in weights.items() if not np.isfinite(value).all()]
     if broken:
-        raise ValueError(f"these weights hold values that are not finite: {', '.join(broken)}")
+        raise UserError(f"these weights hold values that are not finite: {', '.join(broken)}")
     path = folder / "open_clip_model.safetensors"
     if path.exists():
-        raise ValueError(f"{path} is there already; use another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{path} already exists; use another folder")
+    options.make_folder("OUT", folder)
     (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     if not isinstance(tokenizer, ClipTokenizer):
         for name, content in _tokenizer_files(tokenizer, model.text.context_length).items():
@@ -129,17 +131,17 @@ def export_model(
 
 
 def _export_weights(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's weights: what it has no name for is worked into others."""
+    """Return open_clip's weights, with parameters that it has no name for folded into others."""
     image = dict(params["image"])
     table = image["pos_embed"]
     if model.image.positions == "sincos":
-        table = jnp.asarray(table).at[:, 0].set(0)  # cls gets none
+        table = jnp.asarray(table).at[:, 0].set(0)  # cls has no position
     if "patch_bias" in image:
         table = jnp.asarray(table).at[:, 1:].add(image["patch_bias"])
     image["pos_embed"] = table
     if model.image.pool == "mean":
-        # The attentional pool's norm has eps 1e-5 whatever the settings say. LayerNorm of c x with it is LayerNorm of x
-        # with 1e-5 / c**2, so all that is written to the residual stream is multiplied by c.
+        # The attentional pool's norm always has eps 1e-5. LayerNorm of c x with this eps equals LayerNorm of x with
+        # eps 1e-5 / c**2, so everything that is written to the residual stream is multiplied by c.
         c = math.sqrt(EPS / model.norm_eps)
         blocks = dict(image["transformer"]["blocks"])
         for name in ("out", "mlp2"):
@@ -149,7 +151,7 @@ def _export_weights(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, 
             image[name] = c * image[name]
         if "pre_norm" in image:
             image["pre_norm"] = {leaf: c * value for leaf, value in image["pre_norm"].items()}
-    scale = jnp.clip(params["logit_scale"], 0, math.log(MAX_SCALE))  # open_clip uses what is stored
+    scale = jnp.clip(params["logit_scale"], 0, math.log(MAX_SCALE))  # open_clip does not clip it
     named = to_open_clip({**params, "image": image, "logit_scale": scale})
     if model.image.pool == "mean":
         named |= _attentional_pool(
@@ -160,11 +162,11 @@ def _export_weights(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, 
 
 
 def _attentional_pool(kernel_DxE: jax.Array, scale: jax.Array, bias: jax.Array) -> dict[str, Any]:
-    """Norm, mean over all tokens, and projection as one attention head that weighs all tokens alike.
+    """Express norm, mean over all tokens and projection as an attention head that weights all tokens equally.
 
-    open_clip normalises what was pooled by one more LayerNorm, which takes the mean away and divides. One more entry,
-    minus the sum of the others, makes the mean 0; the L2 norm undoes the division; and the final projection drops the
-    entry.
+    open_clip applies another LayerNorm to the pooled embedding, which subtracts its mean and divides. An additional
+    entry, minus the sum of the others, makes the mean 0, the L2 norm undoes the division, and the final projection
+    drops the entry.
     """
     width, embed = kernel_DxE.shape
     size = embed + 1
@@ -192,7 +194,7 @@ def _attentional_pool(kernel_DxE: jax.Array, scale: jax.Array, bias: jax.Array) 
 
 
 def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
-    """What `transformers` reads of a WordPiece. What ours does in Python comes first, with lower case for folding."""
+    """Return the files of a WordPiece for `transformers`; our case folding in Python becomes lower-casing."""
     content = tokenizer.to_json()
     before = [{"type": kind} for kind in ("NFKC", "Lowercase", "NFKC")]
     content["normalizer"]["normalizers"] = before + content["normalizer"]["normalizers"]
@@ -207,29 +209,34 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
 
 def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}; it must be open_clip's configuration of the model, JSON") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {len(data)} bytes, more than {MAX_JSON_BYTES}; it must be open_clip's JSON")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; it must be open_clip's configuration of the model, JSON") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold a group of settings, got {type(content).__name__}")
+        raise UserError(f"{path} must hold a group of settings, got {type(content).__name__}")
     return content
 
 
 def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file as f32. The library checks that header and file belong together."""
+    """Read all arrays of a safetensors file as f32."""
     arrays = {}
     try:
+        # The library checks that the header and the size of the file agree.
         with safetensors.safe_open(path, framework="numpy") as file:
             for name in file.keys():
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in ("F32", "F16"):
-                    raise ValueError(f"{name} is of type {dtype}; only F32 and F16 are read")
+                    raise UserError(f"{path}: {name} is of type {dtype}; only F32 and F16 are read")
                 arrays[name] = file.get_tensor(name).astype(np.float32)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: {error}; it must be a safetensors file") from error
     broken = [name for name, value in arrays.items() if not np.isfinite(value).all()]
     if broken:
-        raise ValueError(f"{path} holds values that are not finite: {', '.join(broken)}")
+        raise UserError(f"{path} holds values that are not finite: {', '.join(broken)}")
     return arrays

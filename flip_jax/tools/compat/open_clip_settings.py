@@ -1,4 +1,4 @@
-"""open_clip's configuration of a model as our settings and back, with the reason for what either cannot express."""
+"""Translate open_clip's configuration of a model to our settings and back, or say why it cannot be done."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ from flip_jax import config_check
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from flip_jax.models.vit import PIXEL_STATS
+from flip_jax.runtime import UserError
 
-OWN_TOKENIZER = 49_408  # entries of the byte pairs that open_clip brings
-EPS = 1e-5  # of open_clip's norms, where nothing else is said
-# open_clip's settings of a tower with their defaults. Those that `model_settings` does not translate must have them.
+OWN_TOKENIZER = 49_408  # entries of the byte pairs that come with open_clip
+EPS = 1e-5  # open_clip's default for norms
+# open_clip's settings of a tower with their defaults. Those that `model_settings` does not translate must keep them.
 _BLOCK = {
     "mlp_ratio": 4.0,
     "ls_init_value": None,
@@ -53,7 +54,7 @@ _TEXT = _BLOCK | {
     "hf_model_name": None,
 }
 _TOP = {"embed_dim": None, "vision_cfg": None, "text_cfg": None, "quick_gelu": False, "init_logit_bias": None}
-# Without effect on a model that is loaded, or read only with another setting that is refused.
+# These do not affect a loaded model, or are only read together with another setting that is refused.
 _IDLE = (
     "output_tokens custom_text init_logit_scale nonscalar_logit_scale attn_pooler_queries attn_pooler_heads pad_id "
     "eos_id timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path hf_model_pretrained "
@@ -63,16 +64,18 @@ _TRANSLATED = (
     "layers width head_width heads patch_size image_size patch_dropout no_ln_pre pos_embed_type pool_type act_kwargs "
     "norm_kwargs context_length vocab_size no_causal_mask embed_dim vision_cfg text_cfg quick_gelu init_logit_bias"
 ).split()
-_PICTURES = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+_PREPROCESSING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+# They may be lists, or need their own message.
+_LISTS = ("layers", "image_size", "patch_size")
 _POOLS = {"cls": "tok", "patches": "avg"}
 _POSITIONS = {"learned": "learnable", "sincos": "sin_cos_2d"}
 
 
 def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
-    """Our settings of an open_clip configuration, {"model_cfg": ..., "preprocess_cfg": ...} or what is in "model_cfg".
+    """Translate an open_clip configuration, {"model_cfg": ..., "preprocess_cfg": ...} or only the value of "model_cfg".
 
     Raises:
-      ValueError: what ours cannot express.
+      UserError: our settings cannot express it; the message names the setting of `source`.
     """
     top = _filled(content.get("model_cfg", content), _TOP, source)
     vision, text = (
@@ -81,10 +84,11 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
     )
 
     def refuse(key, value, allowed):
-        raise ValueError(f"{source}: {key} {value!r} cannot be expressed here; only {allowed} can")
+        raise UserError(f"{source}: {key} {value!r} cannot be expressed here; only {allowed} can")
 
     size, patch = (
-        x[0] if isinstance(x, list) and len(set(x)) == 1 else x for x in (vision["image_size"], vision["patch_size"])
+        x[0] if isinstance(x, list) and x and all(y == x[0] for y in x) else x
+        for x in (vision["image_size"], vision["patch_size"])
     )
     for key, value in (
         ("image_size", size),
@@ -93,7 +97,9 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
         ("embed_dim", top["embed_dim"]),
     ):
         if type(value) is not int:
-            refuse(key, value, "one integer (square pictures, a vision transformer)")
+            refuse(key, value, "one integer (square images, a vision transformer)")
+    if vision["head_width"] < 1:
+        refuse("vision_cfg.head_width", vision["head_width"], "a positive integer")
     causal = not text["no_causal_mask"]
     pool = {theirs: ours for ours, theirs in _POOLS.items()}.get(vision["pool_type"])
     positions = {theirs: ours for ours, theirs in _POSITIONS.items()}.get(vision["pos_embed_type"])
@@ -114,84 +120,92 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
         gelu = "gelu_tanh" if act.get("approximate") == "tanh" else "gelu"
         activations.append("quick_gelu" if top["quick_gelu"] else gelu)
         eps.append(norm.get("eps", EPS))
-    if len(set(activations)) > 1 or len(set(eps)) > 1:
+    if activations[0] != activations[1] or eps[0] != eps[1]:
         refuse("activation and eps of the towers", (activations, eps), "the same in both")
+    model = ModelConfig(
+        image=ImageConfig(
+            image_size=size,
+            patch_size=patch,
+            width=vision["width"],
+            depth=vision["layers"],
+            heads=vision["width"] // vision["head_width"],
+            mask_ratio=float(vision["patch_dropout"]),
+            pool=pool,
+            patch_bias=False,
+            positions=positions,
+            pre_norm=not vision["no_ln_pre"],
+            pixel_stats=_pixel_stats(content.get("preprocess_cfg", {}), source),
+        ),
+        text=TextConfig(
+            vocab_size=text["vocab_size"],
+            context_length=text["context_length"],
+            width=text["width"],
+            depth=text["layers"],
+            heads=text["heads"],
+            pool=text_pool,
+            causal=causal,
+        ),
+        embed_dim=top["embed_dim"],
+        loss="info_nce" if top["init_logit_bias"] is None else "sigmoid",
+        activation=activations[0],
+        norm_eps=eps[0],
+        dtype="float32",
+    )
     try:
-        model = ModelConfig(
-            image=ImageConfig(
-                image_size=size,
-                patch_size=patch,
-                width=vision["width"],
-                depth=vision["layers"],
-                heads=vision["width"] // vision["head_width"],
-                mask_ratio=float(vision["patch_dropout"]),
-                pool=pool,
-                patch_bias=False,
-                positions=positions,
-                pre_norm=not vision["no_ln_pre"],
-                pixel_stats=_pixel_stats(content.get("preprocess_cfg", {}), source),
-            ),
-            text=TextConfig(
-                vocab_size=text["vocab_size"],
-                context_length=text["context_length"],
-                width=text["width"],
-                depth=text["layers"],
-                heads=text["heads"],
-                pool=text_pool,
-                causal=causal,
-            ),
-            embed_dim=top["embed_dim"],
-            loss="info_nce" if top["init_logit_bias"] is None else "sigmoid",
-            activation=activations[0],
-            norm_eps=eps[0],
-            dtype="float32",
-        )
         config_check.from_config_dict({"model": dataclasses.asdict(model)})
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{source}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     return model
 
 
 def _filled(content: Any, known: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A group of settings with the defaults of those that are not given; ValueError for what cannot be expressed."""
+    """Return a group of settings completed by their defaults; UserError for what cannot be expressed."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} must be a group of settings, got {content!r}")
+        raise UserError(f"{where} must be a group of settings, got {content!r}")
     for key, value in content.items():
-        if key not in (*known, *_IDLE) or (
-            key not in _TRANSLATED and value not in (known.get(key), {}, "default") and key not in _IDLE
-        ):
-            default = f"only {known[key]!r} can" if key in known else "it is unknown"
-            raise ValueError(f"{where}: {key} = {value!r} cannot be expressed here; {default}")
+        if key in _IDLE:
+            continue
+        if key not in known:
+            raise UserError(f"{where}: {key} = {value!r} cannot be expressed here; it is unknown")
+        default = known[key]
+        if key not in _TRANSLATED and value not in (default, {}, "default"):
+            raise UserError(f"{where}: {key} = {value!r} cannot be expressed here; only {default!r} can")
+        kind = float | int if isinstance(default, float) else type(default)
+        if key in _TRANSLATED and key not in _LISTS and default is not None and not isinstance(value, kind):
+            raise UserError(f"{where}: {key} must be like {default!r}, got {value!r}")
     return {**known, **content}
 
 
-def _pixel_stats(pictures: Mapping[str, Any], source: str) -> str:
-    openai = PIXEL_STATS["openai"]
-    given = (tuple(pictures.get("mean", openai[0])), tuple(pictures.get("std", openai[1])))
-    found = [name for name, stats in PIXEL_STATS.items() if stats == given]
-    others = {k: v for k, v in pictures.items() if k in _PICTURES and v != _PICTURES[k]}
+def _pixel_stats(preprocessing: Any, source: str) -> str:
+    """Return the entry of `PIXEL_STATS` that a preprocess_cfg names."""
+    found, others = [], {}
+    if isinstance(preprocessing, Mapping):
+        mean, std = PIXEL_STATS["openai"]
+        given = [list(mean), list(std)]
+        for i, key in enumerate(("mean", "std")):
+            given[i] = preprocessing.get(key, given[i])
+        found = [name for name, stats in PIXEL_STATS.items() if [list(x) for x in stats] == given]
+        others = {k: v for k, v in preprocessing.items() if k in _PREPROCESSING and v != _PREPROCESSING[k]}
     if not found or others:
-        raise ValueError(
-            f"{source}: preprocess_cfg {dict(pictures)} cannot be expressed here; only {_PICTURES} and the mean and "
-            f"std of {', '.join(PIXEL_STATS)} can"
+        raise UserError(
+            f"{source}: preprocess_cfg {preprocessing!r} cannot be expressed here; only {_PREPROCESSING} and the mean "
+            f"and std of {', '.join(PIXEL_STATS)} can"
         )
     return found[0]
 
 
 def open_clip_settings(model: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[str]]:
-    """open_clip's configuration of a model, and what a user has to know. ValueError for what it cannot express."""
+    """Return open_clip's configuration of a model, and notes for the user; UserError if it cannot express the model."""
     image, text, notes = model.image, model.text, []
     if text.pool == "mean":
-        raise ValueError(
-            "config.model.text.pool 'mean': open_clip pools one token of its own text tower, never their mean"
-        )
+        raise UserError("config.model.text.pool 'mean': open_clip's text tower pools one token, never the mean")
     if text.mask_padding:
-        raise ValueError("config.model.text.mask_padding: open_clip's CLIP has no padding mask in its text tower")
+        raise UserError("config.model.text.mask_padding: open_clip's CLIP has no padding mask in its text tower")
     byte_pairs = isinstance(tokenizer, ClipTokenizer)
     if text.pool == "last" and not byte_pairs:
-        raise ValueError(
-            "config.model.text.pool 'last': open_clip finds the last token by its number, the highest, which only "
-            "CLIP's byte pairs end with"
+        raise UserError(
+            "config.model.text.pool 'last': open_clip takes the token with the highest id for the last one, which only "
+            "holds for CLIP's byte pairs"
         )
     text_cfg = {
         "context_length": text.context_length,
@@ -214,19 +228,21 @@ def open_clip_settings(model: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[s
     if image.pool == "mean":
         vision_cfg |= {"attentional_pool": True, "attn_pooler_queries": 1, "attn_pooler_heads": 1}
         notes.append(
-            f"embeddings have {model.embed_dim + 1} entries, the last 0: cls is pooled, too, by an attentional pool"
+            f"embeddings have {model.embed_dim + 1} entries, the last of them 0: an attentional pool includes cls"
         )
     else:
         vision_cfg["pool_type"] = _POOLS[image.pool]
     if model.norm_eps != EPS:
         text_cfg["norm_kwargs"] = {"eps": model.norm_eps}
-        if image.pool != "mean":  # else the stream is scaled instead
+        if image.pool != "mean":  # there the residual stream is scaled instead
             vision_cfg["norm_kwargs"] = {"eps": model.norm_eps}
     if model.activation == "gelu_tanh":
         text_cfg["act_kwargs"] = vision_cfg["act_kwargs"] = {"approximate": "tanh"}
     if not byte_pairs:
-        text_cfg["hf_tokenizer_name"] = "."  # the files beside the configuration
-        notes.append("open_clip.get_tokenizer reads the WordPiece by `transformers`: the same ids but for rare letters")
+        text_cfg["hf_tokenizer_name"] = "."  # the files next to the configuration
+        notes.append(
+            "open_clip.get_tokenizer uses `transformers` for the WordPiece: the same ids except for rare letters"
+        )
     elif tokenizer.vocab_size != OWN_TOKENIZER:
         notes.append(
             f"open_clip's own byte pairs have {OWN_TOKENIZER} entries, these {tokenizer.vocab_size}: give it token ids"
@@ -240,4 +256,4 @@ def open_clip_settings(model: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[s
     if model.loss == "sigmoid":
         model_cfg["init_logit_bias"] = -10.0
     mean, std = PIXEL_STATS[image.pixel_stats]
-    return {"model_cfg": model_cfg, "preprocess_cfg": {"mean": list(mean), "std": list(std), **_PICTURES}}, notes
+    return {"model_cfg": model_cfg, "preprocess_cfg": {"mean": list(mean), "std": list(std), **_PREPROCESSING}}, notes

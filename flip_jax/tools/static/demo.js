@@ -2,14 +2,14 @@
 
 const $ = (id) => document.getElementById(id);
 let about, seed = 0, working = 0;
-let picture = null; // what forms carry: {picture: File} or {key: a picture of the folder}
+let image = null; // the image in forms: {image: File} or {key: an image of the folder}
 
 function complain(text) {
   $("message").textContent = text;
   $("message").hidden = !text;
 }
 
-// The server's answer to a form. What it refuses is said at the top of the page, and the answer is then null.
+// Return the server's answer to a form, or null after showing its refusal at the top of the page.
 async function ask(path, fields) {
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) form.append(name, value);
@@ -35,7 +35,7 @@ function make(tag, text, ...children) {
 }
 
 async function classify() {
-  const scores = await ask("/classify", { ...picture, names: $("names").value, template: $("template").value });
+  const scores = await ask("/classify", { ...image, names: $("names").value, template: $("template").value });
   $("scores").replaceChildren(
     ...(scores || []).slice(0, 100).map(({ name, share, cosine }) => {
       const bar = make("progress", "");
@@ -48,7 +48,7 @@ async function classify() {
 
 async function mask() {
   const fields = { strategy: $("strategy").value, ratio: $("ratio").value, seed };
-  const answer = await ask("/mask", { ...picture, ...fields });
+  const answer = await ask("/mask", { ...image, ...fields });
   $("kept").hidden = !answer;
   if (answer) {
     $("kept").src = answer.kept;
@@ -69,24 +69,24 @@ function describe() {
 
 async function use(chosen) {
   complain("");
-  if (chosen.picture && chosen.picture.size > about.max_upload - 2 ** 16) {
-    const size = (chosen.picture.size / 2 ** 20).toFixed(0);
-    return complain(`${chosen.picture.name} has ${size} MiB, more than the ${about.max_upload / 2 ** 20} MiB allowed.`);
+  if (chosen.image && chosen.image.size > about.max_upload - 2 ** 16) {
+    const size = (chosen.image.size / 2 ** 20).toFixed(0);
+    return complain(`${chosen.image.name} has ${size} MiB, more than the ${about.max_upload / 2 ** 20} MiB allowed.`);
   }
-  const before = picture;
-  picture = chosen;
+  const before = image;
+  image = chosen;
   if (await mask()) await classify();
-  else picture = before;
+  else image = before;
 }
 
 async function search() {
   const hits = await ask("/search", { text: $("text").value });
   $("hits").replaceChildren(
     ...(hits || []).map((hit) => {
-      const image = make(hit.picture ? "img" : "span", hit.error || "");
-      if (hit.picture) image.src = hit.picture;
-      else image.className = "none";
-      const button = make("button", "", image, make("small", "", make("b", hit.score.toFixed(3)), ` ${hit.key}`));
+      const thumbnail = make(hit.image ? "img" : "span", hit.error || "");
+      if (hit.image) thumbnail.src = hit.image;
+      else thumbnail.className = "none";
+      const button = make("button", "", thumbnail, make("small", "", make("b", hit.score.toFixed(3)), ` ${hit.key}`));
       button.title = hit.key;
       button.addEventListener("click", () => use({ key: hit.key }));
       return button;
@@ -106,31 +106,31 @@ async function start() {
   about = await (await fetch("/about")).json();
   const side = about.image_size / about.patch_size;
   $("about").textContent =
-    `${about.model} · ${(about.parameters / 1e6).toFixed(1)} M parameters · pictures of ${about.image_size} px in ` +
+    `${about.model} · ${(about.parameters / 1e6).toFixed(1)} M parameters · images of ${about.image_size} px in ` +
     `${side} × ${side} patches`;
   $("template").value = about.template;
   $("strategy").append(...Object.keys(about.strategies).map((name) => make("option", name)));
   $("strategy").value = about.mask;
   $("ratio").value = about.mask_ratio;
   describe();
-  $("searching").hidden = !about.pictures;
-  const bad = Object.entries(about.left_out).map(([kind, count]) => `${count} left out: ${kind}`);
-  $("searched").textContent = [`${about.pictures.toLocaleString("en")} pictures`, ...bad].join(" · ");
+  $("searching").hidden = !about.images;
+  const bad = Object.entries(about.skipped).map(([kind, count]) => `${count} skipped: ${kind}`);
+  $("searched").textContent = [`${about.images.toLocaleString("en")} images`, ...bad].join(" · ");
 
-  submits("classes", () => (picture ? classify() : complain("Drop a picture first.")));
-  submits("masking", () => (picture ? (seed++, mask()) : complain("Drop a picture first.")));
+  submits("classes", () => (image ? classify() : complain("Drop an image first.")));
+  submits("masking", () => (image ? (seed++, mask()) : complain("Drop an image first.")));
   submits("search", search);
   const changed = () => {
     describe();
     complain("");
-    if (picture) mask();
+    if (image) mask();
   };
   $("ratio").addEventListener("change", changed);
   $("strategy").addEventListener("change", changed);
   $("ratio").addEventListener("input", describe);
-  $("file").addEventListener("change", () => $("file").files[0] && use({ picture: $("file").files[0] }));
+  $("file").addEventListener("change", () => $("file").files[0] && use({ image: $("file").files[0] }));
   for (const type of ["dragover", "dragleave", "drop"]) {
-    // Anywhere on the page: a browser would open what is dropped beside.
+    // On the whole document, because a browser opens a file that is dropped next to the box.
     document.addEventListener(type, (event) => {
       event.preventDefault();
       $("drop").classList.toggle("over", type === "dragover");
@@ -138,7 +138,7 @@ async function start() {
   }
   document.addEventListener("drop", (event) => {
     const [file] = event.dataTransfer.files;
-    if (file) use({ picture: file });
+    if (file) use({ image: file });
   });
   document.body.dataset.ready = "yes";
 }

@@ -1,0 +1,18 @@
+"""The commands of `flip`, one module each; `python -m flip_jax NAME` is the same as `flip NAME`.
+
+A command's module has a docstring (shown by `flip NAME --help`), `EXAMPLE`, `add_arguments(parser)` and
+`main(arguments)`, which returns the exit code or None for 0.
+"""
+
+COMMANDS: dict[str, str] = {
+    "aot": "compile a recipe's training step for hardware you do not have: memory, collectives, bounds",
+    "card": "write a model card: README.md for the Hugging Face hub and card.json",
+    "convert": "convert weights from the official code, and from and to open_clip",
+    "demo": "serve a web page to try a model on your own images",
+    "embed": "write the embeddings of a data set's images or captions to Parquet files",
+    "evaluate": "run zero-shot, retrieval, linear-probe and other evaluations",
+    "inspect": "report what a data set holds: bad records, image sizes, caption lengths",
+    "prepare": "write a data set as evenly filled, shuffled webdataset shards",
+    "report": "draw a run's loss and its images ranked for text queries",
+    "search": "find the embeddings nearest to a text or an image",
+}

@@ -1,0 +1,69 @@
+"""The one error that users see, and the one wrapper that prints it."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import REPO, environment
+
+from flip_jax import runtime
+
+
+def refuse():
+    raise runtime.UserError("config.seed must be int, got 'x'; give a number")
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_a_refusal_is_one_message(capsys):
+    assert runtime.run(refuse) == 1
+    assert capsys.readouterr().err == "error: config.seed must be int, got 'x'; give a number\n"
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, OSError])
+def test_a_bug_keeps_its_trace(capsys, error):
+    def bug():
+        raise error("of ours")
+
+    assert runtime.run(bug) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "in bug" in said and "error: " not in said
+
+
+def test_interruption_is_one_line(capsys):
+    assert runtime.run(interrupted) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_results_are_exit_codes():
+    assert [runtime.run(lambda code=code: code) for code in (None, 0, 3)] == [0, 0, 3]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: --workdir"),
+        (["--workdir=a"], "error: --config=configs/NAME.py is missing"),
+        (["--workdir=a", "--config=configs/flip_b16.py", "--config.seeed=1"], "did you mean config.seed?"),
+        (
+            ["--workdir={file}/a", "--config=configs/flip_b16.py", "--config.data.train=webdataset:none.tar"],
+            "--workdir",
+        ),
+    ],
+)
+def test_the_trainer_refuses_without_a_trace(arguments, message, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = [argument.replace("{file}", str(file)) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=REPO,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr
