@@ -238,7 +238,10 @@ def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) 
 
 def check(image: ImageConfig, text: TextConfig) -> None:
     """Raises UserError for a ratio that the strategy cannot keep exactly, or a strategy that makes no sense."""
-    sizes = {"image": (image, image.visible_patches, "patch"), "text": (text, text.visible_tokens, "token")}
+    sizes: dict[str, tuple[ImageConfig | TextConfig, int, str]] = {
+        "image": (image, image.visible_patches, "patch"),
+        "text": (text, text.visible_tokens, "token"),
+    }
     for name, (tower, left, unit) in sizes.items():
         if not 0 <= tower.mask_ratio < 1:
             raise UserError(f"config.model.{name}.mask_ratio must be in [0, 1), got {tower.mask_ratio}")

@@ -83,7 +83,7 @@ def picture(number, extension):
 
 
 def write_tar(samples):
-    """The bytes of a tar of (extension, picture, column, caption), and up to where it must be whole for each."""
+    """Makes the bytes of a tar of (extension, image, column, caption), and the offset by which each is complete."""
     out, ends = io.BytesIO(), []
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i, (extension, image, column, text) in enumerate(samples):
@@ -97,7 +97,7 @@ def write_tar(samples):
 
 
 def write_tfrecord(samples):
-    """As `write_tar`, of tf.train.Example."""
+    """Makes a TFRecord file as `write_tar` does a tar."""
     out, ends = b"", []
     for i, (extension, image, _, text) in enumerate(samples):
         example = tf_example_pb2.Example()
@@ -112,7 +112,7 @@ def write_tfrecord(samples):
 
 
 def write_parquet(samples):
-    """As `write_tar`; no sample need be whole, as what says where they are is at the end of the file."""
+    """Makes a Parquet file; no sample is safe from damage, as the index is at the end of the file."""
     columns = {"key": [str(i) for i in range(len(samples))], "jpg": [image for _, image, *_ in samples]}
     columns["caption"] = [text.decode(errors="replace") for *_, text in samples]
     out = io.BytesIO()
@@ -128,7 +128,7 @@ def whole(extension):
 
 
 def damaged_shards(kind):
-    """(bytes, number of records or None where that is not certain, samples that are not touched) of each case."""
+    """Yields (bytes, number of records or None if uncertain, untouched samples) of each case."""
     write = WRITERS[kind]
     for seed, extension, mutate in itertools.product(range(30), FORMATS, MUTATIONS):
         rng, samples = random.Random(f"picture {seed} {extension} {mutate.__name__}"), whole(extension)
@@ -151,7 +151,7 @@ def damaged_shards(kind):
 
 @pytest.fixture(scope="module", params=WRITERS)
 def prepared(request, tmp_path_factory):
-    """A pattern of the shards; of each case its records, what the decoding threads make of them, and what is known."""
+    """Writes the shards; returns their pattern, and each case with its records and the samples made of them."""
     folder, found = tmp_path_factory.mktemp(request.param), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_files, "RETRY_AFTER", ())

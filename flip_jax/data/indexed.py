@@ -29,6 +29,11 @@ class _Files:
     at_once = CHUNK
     class_names: list[str] | None = None
     templates = None
+    _rows: list[Any]
+
+    def _row(self, index: int) -> tuple[str, list[str], int | None]:
+        """Returns an image's path, its captions and its class, which a subclass knows."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -117,10 +122,10 @@ class Karpathy(_Files):
         with open(file, "rb") as opened:
             content = opened.read()
         try:
-            content = json.loads(content)
+            parsed = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not JSON: {error}") from error
-        images = content.get("images") if isinstance(content, dict) else None
+        images = parsed.get("images") if isinstance(parsed, dict) else None
         rows = [_karpathy_row(image) for image in images] if isinstance(images, list) else [None]
         if None in rows:
             raise UserError(

@@ -123,12 +123,12 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
 
 
 def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer | None:
-    """The tokenizer of a run: its checkpoint's `saved` one, else `config.data.vocab`'s, else one trained on captions.
+    """Chooses a run's tokenizer: the `saved` one of its checkpoint, that of `config.data.vocab`, or a new one.
 
-    None where a classifier is trained, which reads no text.
+    None if a classifier is trained, which reads no text.
 
     Raises:
-      UserError: it has more entries than `config.model.text.vocab_size`.
+      UserError: the tokenizer has more entries than `config.model.text.vocab_size`.
     """
     if config.finetune.classes:
         return None
@@ -338,7 +338,7 @@ class _Target(NamedTuple):
 
 
 def _make_target(config, tokenizer):
-    """Decides what is trained, pairs or a classifier; nothing else in this package asks."""
+    """Decides what an image is paired with; the batches below never ask whether a classifier is trained."""
     classes = config.finetune.classes
 
     def captions(record):

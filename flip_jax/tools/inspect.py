@@ -119,7 +119,7 @@ class Summary:
     def draw(self, path: pathlib.Path) -> None:
         """Write a PNG of the sampled images with their captions, above a histogram of caption lengths."""
         figure = Figure(figsize=(12, 12), layout="constrained")
-        images, below = figure.subfigures(2, 1, height_ratios=(ROWS, 1))
+        images, below = figure.subfigures(2, 1, height_ratios=(ROWS, 1))  # type: ignore[misc]
         starts = range(0, ROWS * COLUMNS, COLUMNS)
         drawing.grid(images, [self.shown[start : start + COLUMNS] for start in starts], COLUMNS)
         axes = below.subplots()

@@ -39,11 +39,11 @@ def curve(lines: list[dict[str, float]], names: dict[str, str], ylabel: str, pat
 
 def retrieval(encoder: Encoder, source: str, queries: Sequence[str], path: pathlib.Path) -> None:
     """Draw a row for each query: the images of `source` with the nearest embeddings, best first."""
-    images, embeddings = [], []
+    image_batches, embedding_batches = [], []
     for batch in pipeline.eval_dataset(source, encoder.config):
-        images.append(batch["image"][batch["mask"]])
-        embeddings.append(np.asarray(encoder.encode_image(batch["image"]))[batch["mask"]])
-    images, embeddings = np.concatenate(images), np.concatenate(embeddings)
+        image_batches.append(batch["image"][batch["mask"]])
+        embedding_batches.append(np.asarray(encoder.encode_image(batch["image"]))[batch["mask"]])
+    images, embeddings = np.concatenate(image_batches), np.concatenate(embedding_batches)
     nearest = np.argsort(-encoder.encode_text(queries) @ embeddings.T, axis=1)[:, :SHOWN]
     rows = []
     for query, indices in zip(queries, nearest, strict=True):

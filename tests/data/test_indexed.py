@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def records(kind, path, **data):
 
 
 @pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
-def test_csv_names_pictures_by_path(tmp_path, suffix, delimiter):
+def test_csv_names_images_by_path(tmp_path, suffix, delimiter):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "é 1.png").write_bytes(png(1))
     (tmp_path / "2.png").write_bytes(png(2))
@@ -158,7 +159,7 @@ def test_tfds_captions_may_be_nested_or_class_names(toys):
     }
 
 
-def test_tfds_epochs_hold_every_record_once_and_go_on_from_every_place(toys):
+def test_tfds_epochs_hold_every_record_once_and_resume_at_every_place(toys):
     source, schedule = sources.open_source("tfds:toy_pairs/train", toys), sources.Schedule(100, 1)
     whole = list(itertools.islice(sources.interleave(source, schedule, [[0, 0], [1, 0]]), 10))
     stream = [record for _, chunk in whole for record in chunk]
@@ -181,3 +182,34 @@ def test_tfds_epochs_hold_every_record_once_and_go_on_from_every_place(toys):
 def test_tfds_sets_that_cannot_be_read_are_refused_with_a_remedy(toys, source, message):
     with pytest.raises(UserError, match=message):
         sources.open_source(source, toys, "config.data.train")
+
+
+def test_karpathys_json_is_read_and_other_layouts_are_refused(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    path = tmp_path / "dataset.json"
+    entry = {"split": "test", "filename": "0.png", "sentences": [{"raw": "one"}, {"raw": "two"}]}
+    path.write_text(json.dumps({"images": [entry, entry | {"split": "train"}]}))
+    (record,) = records("karpathy", f"{path}#test")
+    assert (record["image"], record["texts"]) == (png(0), ["one", "two"])
+    with pytest.raises(UserError, match="has no split 'val'; it has test, train"):
+        records("karpathy", f"{path}#val")
+    with pytest.raises(UserError, match="expected karpathy:FILE.json#SPLIT with an existing file"):
+        records("karpathy", f"{tmp_path}/none.json#test")
+    wrong = ([], {"images": 5}, {"images": [5]}, {"images": [entry | {"sentences": ["one"]}]}, {"images": [{}]})
+    for content in wrong:
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="does not have Karpathy's layout"):
+            records("karpathy", f"{path}#test")
+    path.write_text("{")
+    with pytest.raises(UserError, match="dataset.json is not JSON"):
+        records("karpathy", f"{path}#test")
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a folder; it needs one folder per class"):
+        records("folder", tmp_path / "nowhere")
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(UserError, match="has 1 folders but no images"):
+        records("folder", tmp_path)
+    (tmp_path / "cats" / "0.png").write_bytes(png(0))
+    assert [(r["image"], r["label"]) for r in records("folder", tmp_path)] == [(png(0), 0)]

@@ -140,7 +140,7 @@ def test_nothing_after_zeros_is_lost_in_silence(tmp_path):
     assert [record.get("bad") for record in records(tmp_path / "zeroed.tar")] == [None, None, "tar cut short"]
 
 
-def test_what_is_no_tar_is_counted_too(tmp_path):
+def test_a_file_that_is_not_a_tar_is_counted(tmp_path):
     good = write_tar(tmp_path / "good.tar", samples(1))
     (tmp_path / "zipped.tar").write_bytes(gzip.compress(open(good, "rb").read()))
     (tmp_path / "zero.tar").touch()
@@ -179,7 +179,7 @@ def test_damaged_bytes_never_raise(tmp_path):
         assert 1 <= len(records(path)) <= 10
 
 
-def test_reading_goes_on_from_every_offset(tmp_path):
+def test_reading_resumes_at_every_offset(tmp_path):
     path = write_tar(tmp_path / "0.tar", [*samples(5), ("x" * 130 + ".png", b"x"), *samples(2, start=5)])
     whole = list(read(path))
     for i, (_, offset) in enumerate(whole[:-1]):
@@ -224,7 +224,7 @@ def test_a_shard_that_vanishes_is_tried_again_then_counted_and_read_when_it_is_b
     assert [r["texts"] for r, _ in source.read([(0, 1)])] == [["picture 0"], ["picture 1"], ["picture 2"]]
 
 
-def test_a_read_that_fails_once_goes_on_where_it_stopped(tmp_path, no_waiting, monkeypatch):
+def test_a_read_that_fails_once_resumes_where_it_stopped(tmp_path, no_waiting, monkeypatch):
     path, opened = write_tar(tmp_path / "0.tar", samples(5)), []
 
     class Flaky(io.FileIO):

@@ -44,7 +44,7 @@ def shards(tmp_path):
     return shard_files.WebDataset(f"{tmp_path}/*.tar", DataConfig())
 
 
-def test_interleaved_shards_go_on_from_every_place(shards):
+def test_interleaved_shards_resume_at_every_place(shards):
     schedule, start = sources.Schedule(5, 3), [[i, 0] for i in range(3)]
     whole = list(itertools.islice(sources.interleave(shards, schedule, start), 40))
     for i, (places, _) in enumerate(whole[:-8]):

@@ -116,7 +116,7 @@ def write_parquet(path, rows=150, **columns):
     return path
 
 
-def test_parquet_is_read_and_goes_on_from_every_row(tmp_path):
+def test_parquet_is_read_and_resumes_at_every_row(tmp_path):
     path = write_parquet(tmp_path / "0.parquet")
     whole = read("parquet", path)
     found = [record for record, _ in whole]

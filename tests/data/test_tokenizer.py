@@ -145,7 +145,7 @@ def test_the_same_captions_give_the_same_vocabulary_in_every_process():
     assert json.loads(other.stdout) == Tokenizer.train(captions, 90).to_json()
 
 
-def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
+def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path):
     (tmp_path / "words.txt").write_text("cat\ndog\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "pair.txt").write_text("#version: 0.2\na b\nab cd\n")

@@ -26,7 +26,7 @@ def encode(image, format="PNG", **options):
 
 
 def photo(height, width, seed=0):
-    """A picture that a JPEG can hold: smooth, different everywhere, not symmetric."""
+    """An image that a JPEG can hold: smooth, different everywhere, not symmetric."""
     y, x = np.mgrid[:height, :width] / max(height, width)
     waves = [np.sin(7 * x + 3 * y + seed), np.cos(5 * y - 2 * x), x - y * x]
     return Image.fromarray(np.stack([127 + 120 * w for w in waves], axis=-1).astype(np.uint8))
@@ -103,7 +103,7 @@ def test_centre_window_is_the_official_one(recorded):
 
 
 @pytest.mark.parametrize("size", [64, 224])
-def test_official_evaluation_pictures_are_the_recorded_ones(recorded, size):
+def test_official_evaluation_images_are_the_recorded_ones(recorded, size):
     with np.load(recorded / "image_preproc.npz") as file:
         names = [name for name in file if name.startswith(f"eval{size}_")]
         assert len(names) == (5 if size == 64 else 1)
@@ -120,7 +120,7 @@ def test_official_evaluation_pictures_are_the_recorded_ones(recorded, size):
 
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("name", ["train64_0", "train64_1", "train64_3"])
-def test_official_training_pictures_are_the_recorded_ones(recorded, monkeypatch, name, library):
+def test_official_training_images_are_the_recorded_ones(recorded, monkeypatch, name, library):
     use_library(monkeypatch, library)
     with np.load(recorded / "image_preproc.npz") as file:
         truth = (file[name] * STD + MEAN).clip(0, 255)
@@ -133,7 +133,7 @@ def test_official_training_pictures_are_the_recorded_ones(recorded, monkeypatch,
         assert np.abs(antialiased - truth).mean() > 2
 
 
-def test_a_picture_of_the_right_size_is_not_touched():
+def test_a_image_of_the_right_size_is_not_touched():
     image = photo(48, 48)
     np.testing.assert_array_equal(transforms.decode(encode(image), 48, DATA), np.asarray(image))
     whole = dataclasses.replace(DATA, crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=False)
@@ -150,7 +150,7 @@ def test_evaluation_takes_the_centre_square():
 
 
 @pytest.mark.parametrize("library", [True, False])
-def test_the_default_resize_is_pillows_of_the_cropped_picture(monkeypatch, library):
+def test_the_default_resize_is_pillows_of_the_cropped_image(monkeypatch, library):
     use_library(monkeypatch, library)
     # Far from black and white: which axis comes first would matter where the first one's result is clipped.
     noise = Image.fromarray(np.random.default_rng(0).integers(64, 192, (300, 200, 3), np.uint8))
@@ -167,7 +167,7 @@ def test_shrinking_is_antialiased():
     assert np.abs(transforms.decode(encode(stripes), 32, DATA).astype(int) - 127).max() <= 6
 
 
-def test_half_of_the_training_pictures_are_mirrored_and_nothing_else_changes():
+def test_half_of_the_training_images_are_mirrored_and_nothing_else_changes():
     still, data = dataclasses.replace(DATA, flip=False), encode(photo(50, 64))
     mirrored = 0
     for i in range(200):
@@ -255,7 +255,7 @@ def test_every_format_is_told_by_its_content(kind, settings):
     elif kind == "GIF":
         image = image.quantize(256)
         data = encode(image, "GIF", save_all=True, append_images=[other])
-    elif kind in ("WEBP", "MPO", "AVIF"):  # of several pictures it is the first
+    elif kind in ("WEBP", "MPO", "AVIF"):  # the first of several images
         data = encode(image, kind, save_all=True, append_images=[other], quality=95)
     else:
         data = encode(image, kind)
@@ -302,9 +302,9 @@ def test_harmless_damage_is_forgiven():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_set_upright(orientation):
+def test_images_are_set_upright(orientation):
     upright = photo(40, 64)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores the picture that way
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores the image that way
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -330,7 +330,7 @@ def test_large_jpegs_are_decoded_small_without_a_visible_difference():
         assert np.abs(crops[0].astype(int) - crops[1]).max() <= 4
 
 
-def test_pictures_over_the_limit_are_not_decoded():
+def test_images_over_the_limit_are_not_decoded():
     size = struct.pack(">II", 60_000, 60_000) + b"\x08\x02\x00\x00\x00"
     header = struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size)) + b"\0\0\1\0IDAT"
     with pytest.raises(transforms.BadImage, match="^too many pixels$"):
@@ -341,7 +341,7 @@ def test_pictures_over_the_limit_are_not_decoded():
     transforms.decode(encode(photo(9, 11)), 8, small)
 
 
-def test_damaged_pictures_have_one_error():
+def test_damaged_images_have_one_error():
     jpeg, png = encode(photo(64, 64), "JPEG"), encode(photo(64, 64))
     for data in (
         b"",
