@@ -27,7 +27,7 @@ test-slow: $(VENV)/installed
 
 # What depends most on the versions of Python and JAX, to try others: make test-quick PYTHON=python3.13 VENV=.venv-3.13
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" tests/test_config.py tests/test_losses.py tests/test_train_step.py \
+	$(BIN)/python -m pytest -m "not slow" tests/test_config.py tests/test_losses.py tests/test_memory.py tests/test_runtime.py \
 		tests/test_checkpoint.py tests/test_metrics.py tests/models tests/data/test_tokenizer.py \
 		tests/data/test_transforms.py tests/evaluators/test_linear_probe.py
 
