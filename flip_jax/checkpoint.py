@@ -36,7 +36,7 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"--workdir {workdir} cannot be made or written to: {error}; use another folder") from error
         # Naming the processes makes Orbax 0.12 meet at the coordination service; else each of its barriers is a
-        # computation on all devices, which may run beside a step and lock it.
+        # computation on all devices, which may run next to a step and lock it.
         processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=processes

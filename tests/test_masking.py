@@ -14,7 +14,6 @@ from PIL import Image
 from benchmarks import image_tower_cost
 from flip_jax import config_check, masking, models, sharding
 from flip_jax.config import ImageConfig, MeshConfig
-from flip_jax.inference import Encoder
 from flip_jax.masking import gather, patchify
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import resize_positions
@@ -26,7 +25,7 @@ def positions(strategy, patches_or_tokens, keep, key=KEY):
     return np.asarray(jax.jit(strategy, static_argnums=2)(key, patches_or_tokens, keep))
 
 
-def pictures(rows, side):
+def images(rows, side):
     """Patches [rows, side**2, 12] uint8 of noise."""
     return np.random.default_rng(0).integers(0, 256, (rows, side**2, 12), np.uint8)
 
@@ -48,7 +47,7 @@ def test_the_number_of_visible_patches_is_rounded_down(patches, ratio, keep):
 @pytest.mark.parametrize("name", masking.STRATEGIES)
 @pytest.mark.parametrize("side, keep", [(4, 8), (6, 9), (14, 49)])
 def test_image_strategies_keep_distinct_patches_exactly_as_many_as_asked(name, side, keep):
-    ids = positions(masking.STRATEGIES[name], pictures(64, side), keep)
+    ids = positions(masking.STRATEGIES[name], images(64, side), keep)
     assert (ids.shape, ids.dtype) == ((64, keep), np.int32)
     assert all(len(set(row)) == keep for row in ids)
     assert ids.min() >= 0 and ids.max() < side**2
@@ -73,7 +72,7 @@ def test_random_keeps_each_patch_equally_often():
 @pytest.mark.parametrize("keep", [4, 8, 12])
 def test_grid_keeps_the_same_patches_of_every_two_by_two(keep):
     offsets = set()
-    for row in positions(masking.grid, pictures(64, 4), keep):
+    for row in positions(masking.grid, images(64, 4), keep):
         kept = np.zeros(16, bool)
         kept[row] = True
         windows = kept.reshape(2, 2, 2, 2).transpose(0, 2, 1, 3).reshape(4, 4)
@@ -86,7 +85,7 @@ def test_grid_keeps_the_same_patches_of_every_two_by_two(keep):
 
 def test_block_keeps_one_rectangle_but_for_the_patches_too_many():
     heights, rows, columns = set(), set(), set()
-    for ids in positions(masking.block, pictures(200, 14), 49):
+    for ids in positions(masking.block, images(200, 14), 49):
         row, column = np.divmod(ids, 14)
         height, width = np.ptp(row) + 1, np.ptp(column) + 1
         assert height * width - 49 < height  # less than a column was trimmed
@@ -99,9 +98,9 @@ def test_block_keeps_one_rectangle_but_for_the_patches_too_many():
 
 def test_centred_keeps_patches_as_often_as_weighted_draws_without_replacement():
     """Against NumPy's own draws, each patch within 5 standard deviations."""
-    ids = positions(masking.centred, pictures(8000, 4), 6)
+    ids = positions(masking.centred, images(8000, 4), 6)
     share = np.bincount(ids.ravel(), minlength=16) / 8000
-    centre = np.array([-0.75, -0.25, 0.25, 0.75])  # of the patches, the picture being from -1 to 1
+    centre = np.array([-0.75, -0.25, 0.25, 0.75])  # of the patches, the image being from -1 to 1
     weight = np.exp(-(centre[:, None] ** 2 + centre[None] ** 2) / (2 * 0.8**2)).ravel()
     rng = np.random.default_rng(0)
     drawn = [rng.choice(16, 6, replace=False, p=weight / weight.sum()) for _ in range(8000)]
@@ -167,7 +166,7 @@ def test_frequency_keeps_rare_tokens_by_the_square_root_of_their_share():
 
 @pytest.mark.parametrize("name", masking.STRATEGIES)
 def test_image_masks_do_not_depend_on_the_layout_of_devices(name):
-    same_on_any_layout(masking.STRATEGIES[name], pictures(16, 6), 9)
+    same_on_any_layout(masking.STRATEGIES[name], images(16, 6), 9)
 
 
 @pytest.mark.parametrize("name", masking.TEXT_STRATEGIES)
@@ -249,8 +248,8 @@ def test_masked_text_equals_the_unmasked_tower_on_the_same_tokens(pool):
         np.testing.assert_allclose(masked[row], alone[0], atol=helpers.EMBEDDING)
 
 
-def test_resizing_equals_encoding_a_picture_resized_elsewhere():
-    """Pictures and position table resized by Pillow, the table in a model of that size."""
+def test_resizing_equals_encoding_an_image_resized_elsewhere():
+    """Images and position table resized by Pillow, the table in a model of that size."""
     model = FLIP(helpers.model_with(image_mask="resize", image_mask_ratio=0.75), nnx.Rngs(0))
     image, text = helpers.batch(2)
     view = masking.see(model.config, KEY, image, text)
@@ -281,40 +280,8 @@ def test_masked_text_is_counted_as_the_shorter_text_that_it_is():
     assert masked == short
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    """Trained, as it were, on 4 of 16 patches; on four devices."""
-    config = dataclasses.replace(helpers.CONFIG, model=helpers.model_with(image_mask_ratio=0.7))
-    graphdef, params = nnx.split(FLIP(config.model, nnx.Rngs(0)))
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:4])):
-        return Encoder(graphdef, params, None, config)
-
-
-def test_masked_and_ensemble_embeddings_are_those_of_views_that_cover_the_picture(encoder):
-    image = helpers.batch(8)[0]
-    patches = patchify(jnp.asarray(image), 8)
-    views = np.asarray(masking.views(jax.random.key(encoder.config.seed), patches, 4))
-    assert views.shape == (4, 8, 4)
-    np.testing.assert_array_equal(np.sort(views.transpose(1, 0, 2).reshape(8, 16)), np.tile(np.arange(16), (8, 1)))
-    assert len({tuple(row) for row in views[0]}) == 8  # each picture has its own
-    model = FLIP(encoder.config.model, nnx.Rngs(0))
-    one, *others = (np.asarray(model.encode_patches(gather(patches, keep), keep)) for keep in views)
-    np.testing.assert_allclose(encoder.encode_image(image, "masked"), one, atol=helpers.EMBEDDING)
-    mean = np.mean([one, *others], axis=0)
-    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-    np.testing.assert_allclose(encoder.encode_image(image, "ensemble"), mean, atol=helpers.EMBEDDING)
-
-
-@pytest.mark.parametrize("mask", ["masked", "ensemble"])
-def test_a_masked_embedding_is_the_same_in_any_batch(encoder, mask):
-    image = helpers.batch(8)[0]
-    together = np.asarray(encoder.encode_image(image, mask))
-    np.testing.assert_allclose(encoder.encode_image(image[5:6], mask), together[5:6], atol=helpers.EMBEDDING)
-    assert np.abs(together - encoder.encode_image(image)).max() > 1e-3
-
-
-def test_views_that_do_not_divide_the_picture_cover_it_all_the_same():
-    views = np.asarray(masking.views(KEY, pictures(5, 3), 4))  # 9 patches
+def test_views_that_do_not_divide_the_image_cover_it_completely():
+    views = np.asarray(masking.views(KEY, images(5, 3), 4))  # 9 patches
     assert views.shape == (3, 5, 4)
     for row in views.transpose(1, 0, 2):
         assert set(row.ravel()) == set(range(9)) and all(len(set(view)) == 4 for view in row)
@@ -358,19 +325,13 @@ def test_masks_that_make_no_sense_are_refused(name, settings, message):
         config_check.from_config_dict({"model": {name: settings}})
 
 
-@pytest.mark.parametrize("image", [{"mask_ratio": 0.0}, {"mask": "block"}])
-def test_masked_inference_needs_a_model_that_was_masked_at_random(image):
-    with pytest.raises(ValueError, match="config.eval.mask 'ensemble' masks at random as training does: it needs"):
-        config_check.from_config_dict({"model": {"image": image}, "eval": {"mask": "ensemble"}})
-
-
 @pytest.mark.parametrize("ratio", [0.5842, 0.4872])
 def test_a_ratio_that_the_refusal_names_is_accepted(ratio):
     config_check.from_config_dict({"model": {"image": {"mask": "resize", "mask_ratio": ratio}}})
 
 
 def test_masked_tower_equals_the_unmasked_tower_on_the_same_patches():
-    """A model whose whole picture is the four kept patches, given their positions, computes the same embedding."""
+    """A model whose whole image is the four kept patches, given their positions, computes the same embedding."""
     model = FLIP(helpers.model_with(), nnx.Rngs(0))
     patches = patchify(jnp.asarray(helpers.batch(4)[0]), 8)
     keep = jnp.array([[3, 0, 9, 15], [1, 2, 3, 4], [15, 14, 13, 12], [0, 5, 10, 15]])

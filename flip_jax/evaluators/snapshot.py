@@ -39,7 +39,7 @@ class Snapshot:
     def __call__(self, params: Any, batch: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Histograms {"logits/pairs", "logits/others"} and images {"masks": uint8 [N, S, S, 3]} of a training batch.
 
-        The first pairs of each process's `batch`, masked anew as in training. With several processes all call it.
+        The first pairs of each process's `batch`, with new masks as in training. With several processes all call it.
         """
         shards = sharding.batch_shards(self._mesh)
         own = max(1, shards // jax.process_count())

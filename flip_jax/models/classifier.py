@@ -84,7 +84,7 @@ def mix(
 
 
 def rectangle(key: jax.Array, size: tuple[int, int], area: jax.Array) -> jax.Array:
-    """True [H, W] within a rectangle with this share of the picture, its shape, and any centre in it."""
+    """True [H, W] within a rectangle with this share of the image, its shape, and any centre in it."""
 
     def within(key, length):
         half, centre = jnp.sqrt(area) * length / 2, jax.random.uniform(key, maxval=length)

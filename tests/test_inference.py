@@ -1,0 +1,62 @@
+"""An encoder on masked images, as the paper's table 1d evaluates them."""
+
+import dataclasses
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flip_jax import config_check, masking, sharding
+from flip_jax.config import MeshConfig
+from flip_jax.inference import Encoder
+from flip_jax.masking import gather, patchify
+from flip_jax.models.flip import FLIP
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """Trained, as it were, on 4 of 16 patches; on four devices."""
+    config = dataclasses.replace(helpers.CONFIG, model=helpers.model_with(image_mask_ratio=0.7))
+    graphdef, params = nnx.split(FLIP(config.model, nnx.Rngs(0)))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:4])):
+        return Encoder(graphdef, params, None, config)
+
+
+def test_masked_and_ensemble_embeddings_are_those_of_views_that_cover_the_image(encoder):
+    image = helpers.batch(8)[0]
+    patches = patchify(jnp.asarray(image), 8)
+    views = np.asarray(masking.views(jax.random.key(encoder.config.seed), patches, 4))
+    assert views.shape == (4, 8, 4)
+    np.testing.assert_array_equal(np.sort(views.transpose(1, 0, 2).reshape(8, 16)), np.tile(np.arange(16), (8, 1)))
+    assert len({tuple(row) for row in views[0]}) == 8  # each image has its own
+    model = FLIP(encoder.config.model, nnx.Rngs(0))
+    one, *others = (np.asarray(model.encode_patches(gather(patches, keep), keep)) for keep in views)
+    np.testing.assert_allclose(encoder.encode_image(image, "masked"), one, atol=helpers.EMBEDDING)
+    mean = np.mean([one, *others], axis=0)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.encode_image(image, "ensemble"), mean, atol=helpers.EMBEDDING)
+
+
+@pytest.mark.parametrize("mask", ["masked", "ensemble"])
+def test_a_masked_embedding_is_the_same_in_any_batch(encoder, mask):
+    image = helpers.batch(8)[0]
+    together = np.asarray(encoder.encode_image(image, mask))
+    np.testing.assert_allclose(encoder.encode_image(image[5:6], mask), together[5:6], atol=helpers.EMBEDDING)
+    assert np.abs(together - encoder.encode_image(image)).max() > 1e-3
+
+
+@pytest.mark.parametrize("image", [{"mask_ratio": 0.0}, {"mask": "block"}])
+def test_masked_inference_needs_a_model_that_was_masked_at_random(image):
+    with pytest.raises(ValueError, match="config.eval.mask 'ensemble' masks at random as training does: it needs"):
+        config_check.from_config_dict({"model": {"image": image}, "eval": {"mask": "ensemble"}})
+
+
+def test_other_weights_leave_the_encoder_as_it_is(encoder):
+    image = helpers.batch(4)[0]
+    before = np.asarray(encoder.encode_image(image))
+    other = encoder.with_params(jax.tree.map(lambda x: x + 0.1, encoder.params))
+    assert np.abs(np.asarray(other.encode_image(image)) - before).max() > 1e-3
+    np.testing.assert_array_equal(encoder.encode_image(image), before)
