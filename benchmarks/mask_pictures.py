@@ -9,12 +9,13 @@ import io
 import sys
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import cbook
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from flip_jax import masking
+from flip_jax.tools import drawing
 
 SIZE, PATCH, KEEP = 224, 16, 49
 CAPTIONS = (
@@ -37,14 +38,11 @@ def draw(out: str) -> None:
         shown[name] = masking.unpatchify(patch_KxP, np.asarray(position_1xK[0]), SIZE // PATCH)
     margin = [(SIZE // 4, SIZE // 4)] * 2 + [(0, 0)]
     shown["resize"] = np.pad(masking.resize(image[None], SIZE // 2)[0], margin, constant_values=255)
-    figure, grid = plt.subplots(2, 4, figsize=(9.6, 5.2), layout="constrained")
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, (name, shot) in zip(grid.flat, shown.items(), strict=False):
-        axes.imshow(shot)
-        axes.set_title(name)
+    tiles = list(shown.items())
+    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+    drawing.grid(figure, [tiles[:4], tiles[4:]], columns=4)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    figure.savefig(buffer, dpi=drawing.DPI)
     Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
@@ -62,6 +60,5 @@ def print_words() -> None:
 
 
 if __name__ == "__main__":
-    plt.switch_backend("agg")
     draw(*sys.argv[1:] or ["docs/images/masks.png"])
     print_words()

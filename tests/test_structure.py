@@ -19,7 +19,7 @@ PACKAGE = {
     for path in FILES
     if path.is_relative_to(REPO / "flip_jax")
 }
-UNUSED = {"scipy", "matplotlib", "tensorflow", "torch", "tensorboardX", "wandb"}
+UNUSED = {"scipy", "matplotlib", "tensorflow", "torch", "wandb"}
 
 
 def imports(path: pathlib.Path, everywhere: bool) -> set[str]:
