@@ -13,7 +13,7 @@ from flip_jax import config_check, runtime, train
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The program's own options, and the rest: the recipe and its settings."""
+    """Parses the program's own options; returns them and the rest, the recipe and its settings."""
     parser = argparse.ArgumentParser(
         description="Trains FLIP; run the same command again to resume.",
         epilog="All settings are in flip_jax/config.py. Example: python main.py --config=configs/flip_b16.py "
@@ -30,7 +30,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(own: argparse.Namespace, settings: list[str]) -> None:
-    logging.getLogger().setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("flip_jax").setLevel(logging.INFO)
     config = config_check.read_recipe(settings)
     runtime.enable_compile_cache()

@@ -23,7 +23,7 @@ SIZES = {
 
 
 def get_config(size: str = "b", patch_size: int = 16, mask_ratio: float = 0.5) -> ConfigDict:
-    """The paper's pre-training: 12.8 billion samples at a batch of 65,536; warm-up five times as long for H."""
+    """Builds the paper's pre-training: 12.8 billion samples at a batch of 65,536; warm-up five times as long for H."""
     config = ConfigDict(dataclasses.asdict(Config()))
     for tower, sizes in zip((config.model.image, config.model.text), SIZES[size][:2], strict=True):
         tower.width, tower.depth, tower.heads = sizes
@@ -38,7 +38,7 @@ def get_config(size: str = "b", patch_size: int = 16, mask_ratio: float = 0.5) -
 
 
 def unmasked(config: ConfigDict) -> None:
-    """The paper's unmasked tuning of trained weights (`init_from`): 128 million samples with a fresh optimizer.
+    """Sets the paper's unmasked tuning of trained weights (`init_from`): 128 million samples, fresh optimizer.
 
     The weights may come from another image or patch size: the paper tunes its L/14 from L/16.
     """
@@ -49,7 +49,7 @@ def unmasked(config: ConfigDict) -> None:
 
 
 def laion2b(config: ConfigDict) -> None:
-    """The rate and length of the long LAION-2B runs (official code): half the rate, 25.6 billion samples."""
+    """Sets the rate and length of the long LAION-2B runs (official code): half the rate, 25.6 billion samples."""
     config.optim.base_learning_rate = 2e-6
     config.total_samples = 25_600_000_000
 

@@ -44,7 +44,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """Finds the newest complete step, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator, tokenizer: Tokenizer | None, config: Config):
@@ -60,14 +60,14 @@ class Checkpoints:
         )
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> Any:
-        """The newest step's state, laid out as the abstract `state` says; moves `batches` to the saved position."""
+        """Reads the newest step's state, laid out as the abstract `state`, and moves `batches` to its position."""
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(state._asdict()), data=grain.checkpoint.CheckpointRestore(batches)
         )
         return type(state)(**self._manager.restore(self.latest(), args=args)["state"])
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of the newest step; None for a classifier, which reads no text, and where there is no step."""
+        """Reads the tokenizer of the newest step; None without a step, and for a classifier, which reads no text."""
         return None if self.latest() is None else read_tokenizer(self.directory / str(self.latest()))
 
     def check_config(self, config: Config):
@@ -108,7 +108,7 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
 
 
 def newest(path: str) -> epath.Path:
-    """The step's folder that `path` means: itself, or the newest step of that workdir.
+    """Finds the step's folder that `path` means: itself, or the newest step of that workdir.
 
     Raises:
       UserError: there is no complete checkpoint.
@@ -140,12 +140,12 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
 
 
 def read_config(step: epath.Path) -> Config:
-    """The config of a step's folder."""
+    """Reads the config of a step's folder."""
     return config_check.from_flat(_read_json(step, "config"))
 
 
 def read_tokenizer(step: epath.Path) -> Tokenizer | None:
-    """The tokenizer of a step's folder; None for a classifier, which reads no text."""
+    """Reads the tokenizer of a step's folder; None for a classifier, which reads no text."""
     content = _read_json(step, "tokenizer")
     return Tokenizer.from_json(content) if content else None
 
@@ -156,14 +156,14 @@ def _read_json(step: epath.Path, item: str) -> Any:
 
 
 def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, saved, ours) of every entry that differs; None where one side has none."""
+    """Yields (name, saved, ours) of every entry that differs; None where one side has none."""
     for name in sorted(saved.keys() | ours.keys()):
         if saved.get(name) != ours.get(name):
             yield name, saved.get(name), ours.get(name)
 
 
 def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = None) -> Any:
-    """The weights alone of a step's folder, laid out as the abstract tree `params` says.
+    """Reads only the weights of a step's folder, laid out as the abstract tree `params` says.
 
     Where another model, `start_of`, starts from them, weights that belong to an image or patch size are resized to its
     own, and weights that it does not use (a decoder, the text tower of a classifier) are skipped.

@@ -25,7 +25,7 @@ class ImageConfig:
 
     @property
     def visible_patches(self) -> int:
-        """How many patches a training step encodes: rounded down, as the official code does."""
+        """Counts the patches that a training step encodes: rounded down, as the official code does."""
         return int((self.image_size // self.patch_size) ** 2 * (1 - self.mask_ratio))
 
 
@@ -46,7 +46,7 @@ class TextConfig:
 
     @property
     def visible_tokens(self) -> int:
-        """How many tokens a training step encodes, rounded down."""
+        """Counts the tokens that a training step encodes, rounded down."""
         return int(self.context_length * (1 - self.mask_ratio))
 
 
@@ -148,8 +148,8 @@ class EvalConfig:
     """Evaluation every `every_steps` and at the end (0: never) by `tasks`, each EVALUATOR/DATASET.
 
     EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.known.KNOWN`; NAME=SOURCE,
-    where its images lie elsewhere; or SOURCE, a source as in `Data.train`. Where something is fitted on a training
-    split, ";train=SOURCE" follows. `classnames` names a file of class names (one a line, or a JSON list) for tasks that
+    where its images lie elsewhere; or SOURCE, as in `DataConfig.train`. Where something is fitted on a training split,
+    ";train=SOURCE" follows. `classnames` names a file of class names (one a line, or a JSON list) for tasks that
     are a SOURCE, `templates` are prompts with {} for the name; where they are empty, the set's own are used.
 
     `mask` is the part of an image that is encoded (the paper's table 1d): all of it, "intact"; one random part of the
@@ -202,5 +202,5 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; a last, partial batch is not trained."""
+        """Counts the optimizer steps of the whole run; a last, partial batch is not trained."""
         return self.total_samples // self.global_batch_size

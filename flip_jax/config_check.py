@@ -43,7 +43,7 @@ def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.image.width": 768, ...} for every leaf setting, tuples as lists, as JSON would give them back."""
+    """Flattens to {"model.image.width": 768, ...}, with tuples as lists, as JSON would give them back."""
     flat = {}
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), prefix + field.name
@@ -59,12 +59,12 @@ RENAMED = {"model.temperature": "model.init_logit_scale"}
 
 
 def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint under their names of today."""
+    """Renames the settings of an older checkpoint to their names of today."""
     return {RENAMED.get(key, key): value for key, value in flat.items()}
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
-    """The `Config` whose `flatten` is `flat`, perhaps that of an earlier version."""
+    """Undoes `flatten`; `flat` may be from an earlier version."""
     nested: dict[str, Any] = {}
     for key, value in current_names(flat).items():
         *groups, leaf = key.split(".")
@@ -76,7 +76,7 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def unknown(key: str) -> str | None:
-    """Error text for an unknown key, with the settings that it may mean; None for a known one."""
+    """Returns the error text for an unknown key, with the settings that it may mean; None for a known key."""
     known = flatten(Config())
     if key in known:
         return None
@@ -215,7 +215,7 @@ def _check(config: Config) -> None:
 
 
 def read_recipe(arguments: Sequence[str]) -> Config:
-    """The checked settings of "--config=configs/NAME.py[:ARG]" and any "--config.KEY=VALUE".
+    """Reads "--config=configs/NAME.py[:ARG]" and any "--config.KEY=VALUE" into a checked `Config`.
 
     Raises:
       UserError: no or no readable recipe, an unknown setting, one given twice, a value that cannot be used.

@@ -37,13 +37,13 @@ class Encoder:
         self._features = jax.jit(lambda params, image: nnx.merge(graphdef, params).features(image), out_shardings=whole)
 
     def with_params(self, params: Any) -> "Encoder":
-        """The same model with other weights; its compiled programs are shared."""
+        """Returns the same model with other weights; the compiled programs are shared."""
         other = copy.copy(self)
         other.params = params
         return other
 
     def encode_image(self, images: np.ndarray | Sequence[Image.Image], mask: str = "intact") -> jax.Array:
-        """Normalised embeddings [B, embed_dim] of uint8 images [B, S, S, 3], or of PIL images of any size.
+        """Returns normalised embeddings [B, embed_dim] of uint8 images [B, S, S, 3], or of PIL images of any size.
 
         `mask` says how much of an image is seen, as in `config.EvalConfig`. With several processes each gives its own
         rows, and the result is the global array.
@@ -60,7 +60,7 @@ class Encoder:
         return embedded[: len(images)] if padding else embedded
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Normalised embeddings [B, embed_dim] of strings; with several processes each gives all of them."""
+        """Returns normalised embeddings [B, embed_dim] of strings; with several processes each gives all of them."""
         tokens = self.tokenizer(texts, self.config.model.text.context_length)
         padded = np.pad(tokens, [(0, -len(tokens) % sharding.batch_shards(self.mesh)), (0, 0)])
         rows = sharding.batch_sharding(self.mesh)
@@ -68,7 +68,7 @@ class Encoder:
         return np.asarray(self._text(self.params, array))[: len(texts)]
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """The features that probes are fitted on, f32 [B, width], of uint8 images [B, S, S, 3] in evaluation batches.
+        """Returns f32 features [B, width] for probes, of uint8 images [B, S, S, 3] in evaluation batches.
 
         With several processes each gives its own rows, and gets those of all, process after process.
         """
@@ -76,12 +76,12 @@ class Encoder:
         return np.asarray(self._features(self.params, array))
 
     def scale(self) -> float:
-        """The learned factor of the cosines before a softmax."""
+        """Returns the learned factor of the cosines before a softmax."""
         return float(self._scale(self.params))
 
 
 def _encode_views(model: FLIP, image_BxHxWx3: jax.Array, mask: str, seed: int) -> jax.Array:
-    """The normalised mean of the embeddings of random parts of an image: of one, or of as many as cover it."""
+    """Averages the embeddings of random parts of an image, of one or of as many as cover it, and normalises."""
     config = model.config.image
     patch_BxLxP = masking.patchify(image_BxHxWx3, config.patch_size)
     views_VxBxK = masking.views(jax.random.key(seed), patch_BxLxP, config.visible_patches)
@@ -94,7 +94,7 @@ def _encode_views(model: FLIP, image_BxHxWx3: jax.Array, mask: str, seed: int) -
 
 
 def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> Encoder:
-    """The model of a workdir's newest checkpoint, or of one step's folder, on `devices`: all of this process.
+    """Loads a workdir's newest checkpoint, or one step's folder, onto `devices` (None: all of this process).
 
     Raises:
       UserError: there is no complete checkpoint.

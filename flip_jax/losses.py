@@ -2,11 +2,11 @@
 
 Each device holds b of the N = b * P pairs. Its b rows are compared with all N columns, which an all-gather brings; the
 gradient flows back through the gather. Rows meet columns in slices, so that a block of logits never exceeds `BLOCK`
-values, and the backward pass computes each block again instead of keeping it. Beyond `GATHERED` values the columns are
-gathered slice by slice, too, and once more for the backward pass.
+values, and the backward pass recomputes each block instead of keeping it. Beyond `GATHERED` values the columns are
+gathered one slice at a time, too, and again for the backward pass.
 
-The own pair of a row is never a term of the sum over columns. At a scale of 100 its logit is near 100, and to subtract
-it from a sum near 100 would leave noise of 1e-5 in a loss that may be smaller than that.
+A row's own pair is left out of its sum over columns and treated separately. At a scale of 100 its logit is near 100,
+and subtracting it from a log-sum-exp near 100 would leave noise of 1e-5 in a loss that may be smaller than that.
 """
 
 import functools
@@ -19,12 +19,12 @@ from jax.sharding import PartitionSpec
 from flip_jax.sharding import BATCH
 
 BLOCK = 2**24  # logits held at once on a device: 64 MiB, the whole of 256 rows x 65,536 columns
-GATHERED = 2**26  # values of a tower's embeddings that a device holds of all pairs: 256 MiB, 65,536 of 1,024
+GATHERED = 2**26  # values of one tower's gathered embeddings, N x E: 256 MiB, 65,536 pairs of width 1,024
 ABSENT = -1e9  # the logit of a row's own column in a sum over the others; finite, so that its gradient is 0 and not NaN
 
 
 def info_nce(image_BxE: jax.Array, text_BxE: jax.Array, scale: jax.Array, *, block: int = BLOCK) -> jax.Array:
-    """Symmetric InfoNCE of normalised f32 embeddings, B the global batch; the scalar mean over pairs and directions.
+    """Computes symmetric InfoNCE of normalised f32 embeddings: the mean over the global batch B and both directions.
 
     `scale`, a scalar, multiplies the cosines. Equal to the mean of the two cross-entropies of the N x N logits: with
     z_j the logit of column j minus that of the own one, a row's is log(1 + sum of exp(z_j) over the other columns).
@@ -69,7 +69,7 @@ def sigmoid(
 
 
 def _on_rows(local: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`local` on each device's rows of the first two arguments; the others, and the result, are scalars."""
+    """Runs `local` on each device's rows of the first two arguments; the others, and the result, are scalars."""
 
     def apply(image_BxE, text_BxE, *scalars):
         rows, whole = PartitionSpec(BATCH), PartitionSpec()
@@ -89,7 +89,7 @@ def _cosine(image_bxE, text_bxE):
 
 
 def _over_columns(row_bxE, column_bxE, *, logit, reduce, block, combine=None):
-    """`reduce(logit(cosine, is_own), axis)` of each row [b] over the columns of all devices.
+    """Computes `reduce(logit(cosine, is_own), axis)` of each row [b] over the columns of all devices.
 
     `combine` (default: `reduce` itself) joins the results of slices of the columns.
     """
@@ -108,18 +108,20 @@ def _over_columns(row_bxE, column_bxE, *, logit, reduce, block, combine=None):
     number_N = jnp.arange(columns)
     if columns * width <= GATHERED:
         # Outside of the checkpoint, or the backward pass would gather again.
-        one, column_bxE = jax.checkpoint(compare), gather(column_bxE)
+        one, column_nxE = jax.checkpoint(compare), gather(column_bxE)
     else:
         one = jax.checkpoint(lambda column_cxE, number_C: compare(gather(column_cxE), number_C))
-        # A gathered slice has a part of every device's columns.
+        column_nxE = column_bxE
+        # A slice of every device's columns is gathered together: with 2 devices of 4 columns and 2 slices, the first
+        # slice has the columns 0, 1, 4 and 5, the second 2, 3, 6 and 7.
         number_N = number_N.reshape(devices, slices, -1).swapaxes(0, 1)
     if slices == 1:
-        return one(column_bxE, number_N.reshape(-1))
-    parts = column_bxE.reshape(slices, -1, width), number_N.reshape(slices, -1)
+        return one(column_nxE, number_N.reshape(-1))
+    parts = column_nxE.reshape(slices, -1, width), number_N.reshape(slices, -1)
     return (combine or reduce)(jax.lax.map(lambda part: one(*part), parts), 0)
 
 
 def _slices(rows: int, logits: int, block: int) -> int:
-    """The least number of equal slices of `rows` columns that keeps a block of logits within `block` values."""
+    """Finds the least number of equal slices of a device's `rows` columns that keeps a block within `block` logits."""
     least = min(rows, -(-logits // block))
     return next(n for n in range(least, rows + 1) if rows % n == 0)

@@ -174,7 +174,7 @@ TEXT_STRATEGIES: dict[str, Strategy] = {
 
 
 class View(NamedTuple):
-    """What the towers see of a batch of B pairs. Positions are those in the whole image or caption; None: all of it."""
+    """The part of B pairs that the towers get. Positions are in the whole image or caption; None: all of it."""
 
     patch_BxKxP: jax.Array  # the pixels of the visible patches
     position_BxK: jax.Array | None
@@ -183,16 +183,16 @@ class View(NamedTuple):
     all_BxLxP: jax.Array | None = None  # every patch: what the decoder reconstructs
 
 
-def see(model: ModelConfig, key: jax.Array, image_BxHxWx3: jax.Array, token_BxT: jax.Array) -> View:
-    """What a training step sees of uint8 images and int32 tokens; `key` is the step's own."""
-    patches = see_image(model.image, key, image_BxHxWx3)
-    tokens = see_text(model.text, jax.random.fold_in(key, 1), token_BxT)
-    every = patchify(image_BxHxWx3, model.image.patch_size) if model.decoder.weight else None
+def see(config: ModelConfig, key: jax.Array, image_BxHxWx3: jax.Array, token_BxT: jax.Array) -> View:
+    """Drops what a training step does not see of uint8 images and int32 tokens; `key` is the step's own."""
+    patches = see_image(config.image, key, image_BxHxWx3)
+    tokens = see_text(config.text, jax.random.fold_in(key, 1), token_BxT)
+    every = patchify(image_BxHxWx3, config.image.patch_size) if config.decoder.weight else None
     return View(*patches, *tokens, every)
 
 
 def see_image(config: ImageConfig, key: jax.Array, image_BxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The pixels of the visible patches [B, K, P], and their positions [B, K]."""
+    """Drops the masked patches: returns the pixels [B, K, P] of the visible ones and their positions [B, K]."""
     if config.mask_ratio and config.mask == "resize":
         image_BxHxWx3 = resize(image_BxHxWx3, math.isqrt(config.visible_patches) * config.patch_size)
     patch_BxLxP = patchify(image_BxHxWx3, config.patch_size)
@@ -203,7 +203,7 @@ def see_image(config: ImageConfig, key: jax.Array, image_BxHxWx3: jax.Array) -> 
 
 
 def see_text(config: TextConfig, key: jax.Array, token_BxT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The tokens that stay [B, K], and their positions [B, K], rising."""
+    """Drops the masked tokens: returns the others [B, K] and their positions [B, K], rising."""
     if config.mask_ratio == 0:
         return token_BxT, None
     position_BxK = TEXT_STRATEGIES[config.mask](key, token_BxT, config.visible_tokens)
@@ -211,7 +211,7 @@ def see_text(config: TextConfig, key: jax.Array, token_BxT: jax.Array) -> tuple[
 
 
 def patchify(image_BxHxWx3: jax.Array, patch_size: int) -> jax.Array:
-    """Non-overlapping patches in row order, each flattened as (row, column, channel): [B, L, patch_size**2 * 3]."""
+    """Cuts images into patches in row order, flattened as (row, column, channel): [B, L, patch_size**2 * 3]."""
     batch, height, width, channels = image_BxHxWx3.shape
     rows, columns = height // patch_size, width // patch_size
     x = image_BxHxWx3.reshape(batch, rows, patch_size, columns, patch_size, channels)
@@ -219,14 +219,14 @@ def patchify(image_BxHxWx3: jax.Array, patch_size: int) -> jax.Array:
 
 
 def gather(patch_BxLxP: jax.Array, position_BxK: jax.Array) -> jax.Array:
-    """The patches at these positions. Pixels are gathered, so that the embedding costs the visible share only."""
+    """Takes the patches at these positions. As pixels, so that embedding them costs the visible share only."""
     return jnp.take_along_axis(patch_BxLxP, position_BxK[:, :, None], axis=1)
 
 
 def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) -> np.ndarray:
-    """The uint8 image [S, S, 3] that visible patches show, with the `grid` x `grid` patches' others in light grey.
+    """Draws visible patches as a uint8 image [S, S, 3] of `grid` x `grid` patches, the others in light grey.
 
-    Without positions the patches are a whole image of their own size.
+    Without positions the patches are all those of an image, which may be smaller (mask "resize").
     """
     if position_K is None:
         grid, position_K = math.isqrt(len(patch_KxP)), np.arange(len(patch_KxP))

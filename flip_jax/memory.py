@@ -36,7 +36,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def policies(config: Config, limit: int | None) -> tuple[str, ...]:
-    """The remat policies to try in turn, on devices of `limit` bytes (None: not known, as on CPUs).
+    """Lists the remat policies to try in turn, on devices of `limit` bytes (None: not known, as on CPUs).
 
     On accelerators "auto" does not try "none": recomputing what "dots" drops takes them less time than writing it to
     memory and reading it back (docs/scale.md).
@@ -47,7 +47,7 @@ def policies(config: Config, limit: int | None) -> tuple[str, ...]:
 
 
 def least_recompute(config: Config, mesh: Mesh, limit: int | None) -> tuple[str, Program, int]:
-    """The remat policy, the program with its step compiled, and the bytes that it needs on each device.
+    """Builds and compiles the program under a remat policy that fits: (policy, program, bytes per device).
 
     For `config.model.remat` "auto" it is the first of `policies` that leaves a tenth of `limit` bytes free (None: the
     first one).

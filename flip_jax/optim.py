@@ -12,12 +12,12 @@ NOT_DECAYED = ("bias", "patch_bias", "logit_bias", "scale", "pos_embed")
 
 
 def peak_learning_rate(config: Config) -> float:
-    """Linear scaling rule: the base rate is for 256 samples."""
+    """Applies the linear scaling rule: the base rate is for 256 samples."""
     return config.optim.base_learning_rate * config.global_batch_size / 256
 
 
 def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax.Schedule:
-    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to 0 at `total_steps`, and 0 from there on.
+    """Rises linearly from 0 to `peak` over `warmup_steps`, then falls by half a cosine to 0 at `total_steps`.
 
     The update of step s uses the value at s, so the first one is 0 (official). Steps may be fractions.
     """
@@ -32,18 +32,18 @@ def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """The run's learning rate as a function of the optimizer step."""
+    """Returns the run's learning rate as a function of the optimizer step."""
     batch = config.global_batch_size
     return warmup_cosine(peak_learning_rate(config), config.warmup_samples / batch, config.total_samples / batch)
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: not biases, norms and position tables; cls and logit_scale decay (official)."""
+    """Marks the parameters that decay: not biases, norms and position tables; cls and logit_scale decay (official)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW with decoupled decay, multiplied by the learning rate. Paper, appendix; no gradient clipping."""
+    """Builds AdamW with decoupled decay, multiplied by the learning rate; no gradient clipping. Paper, appendix."""
     return optax.adamw(
         learning_rate(config),
         b1=config.optim.b1,

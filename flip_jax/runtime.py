@@ -104,7 +104,7 @@ def meet(name: str) -> None:
 
 
 def sum_counts(name: str, own: dict[str, int]) -> dict[str, int]:
-    """The sum over all processes, on the first one; `name` is used once in a run.
+    """Sums counts over all processes, on the first one; `name` is used once in a run.
 
     The processes meet at the coordination service: a collective could run next to a step and lock it.
     """
@@ -143,7 +143,7 @@ class Termination:
         self._signalled = True
 
     def reached(self, step: int) -> bool:
-        """Whether the run ends after this step."""
+        """Tells whether the run ends after this step."""
         if self._several:
             from jax.experimental import multihost_utils
 

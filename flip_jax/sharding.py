@@ -56,7 +56,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many parts the global batch is split into."""
+    """Counts the parts that the global batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -71,7 +71,7 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P
 
 
 def place(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
-    """Shape, type and sharding of each abstract parameter, by its logical axes, as a plain nested dict."""
+    """Lays out abstract parameters by their logical axes: shape, type and sharding of each, as a plain nested dict."""
 
     def placed(param):
         axes = spec(param.get_metadata()["axes"], param.shape, mesh)
@@ -81,7 +81,7 @@ def place(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first dimension over the batch axes, the others whole."""
+    """Splits the first dimension over the batch axes and keeps the others whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 

@@ -137,7 +137,7 @@ def _run(
 
 
 def _initial_state(config: Config, program: Program, checkpoints: checkpoint.Checkpoints, start: int, batches: Any):
-    """The state to begin with, in this order: the newest checkpoint, else `init_from`'s weights, else random ones."""
+    """Makes the first state, in this order: the newest checkpoint, else `init_from`'s weights, else random ones."""
     if start:
         state = checkpoints.restore(program.state, batches)
         _log.info("resumed at step %d (%d samples)", start, start * config.global_batch_size)
@@ -154,7 +154,7 @@ def _initial_state(config: Config, program: Program, checkpoints: checkpoint.Che
 def _evaluation(
     config: Config, program: Program, params: Any, tokenizer: Tokenizer | None, mesh: Mesh, writer: metrics.Writer
 ) -> Callable[[Any, dict[str, Any], int], None]:
-    """A function that evaluates weights and writes the results; a run that never evaluates loads none of this."""
+    """Builds the function that evaluates weights and writes results; a run that never evaluates loads none of this."""
     from flip_jax import evaluators, inference
     from flip_jax.evaluators import snapshot
 
@@ -210,7 +210,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _count_scalars(step: int, counts: dict[str, Any]) -> dict[str, int]:
-    """The records of all processes, on the first process."""
+    """Sums the records of all processes, on the first process."""
     own = {"data/read": counts["read"], "data/used": counts["used"]}
     own |= {f"data/bad/{kind}": count for kind, count in counts["bad"].items()}
     return runtime.sum_counts(f"counts/{step}", own)

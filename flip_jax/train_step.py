@@ -59,13 +59,14 @@ def make_loss_and_grads(graphdef: nnx.GraphDef, microbatches: int) -> Callable[.
         value, (grads, *by_embedding) = jax.value_and_grad(compare, argnums=(0, 1, 2))(params, *embeddings)
 
         def surrogate(params, part, by_image, by_text):
-            # By the chain rule its gradient is that of the loss: both factors' other halves are constants here.
+            # Its gradient is that of the loss by the chain rule: `by_image` and `by_text` are constants here.
             image, text, auxiliary = encode(params, part)
             return jnp.sum(image * by_image) + jnp.sum(text * by_text) + auxiliary / microbatches
 
         def add(grads, part):
             return jax.tree.map(jnp.add, grads, jax.grad(surrogate)(params, *part)), None
 
+        # The scan starts from the gradient of what only `compare` uses, the scale of the logits.
         grads, _ = jax.lax.scan(add, grads, (parts, *sharding.split(by_embedding, microbatches)))
         return value + jnp.mean(auxiliary), grads
 

@@ -19,7 +19,7 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 def is_remote(path: str) -> bool:
-    """Whether fsspec reads it (gs://, s3://, http://, ...)."""
+    """Tells whether fsspec reads it (gs://, s3://, http://, ...)."""
     return "://" in path
 
 

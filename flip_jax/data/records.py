@@ -40,7 +40,7 @@ def sample(image: Any, captions: Iterable[Any], label: int | None = None) -> Rec
 
 
 def _texts(value):
-    """Non-blank captions of a string, bytes or a list of them. UnicodeError if one is not UTF-8."""
+    """Lists the captions in a string, bytes or a list of them, without blank ones. UnicodeError if one is not UTF-8."""
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str | bytes)]
     # Text from JSON may hold lone surrogates, which cannot be encoded.
     encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]

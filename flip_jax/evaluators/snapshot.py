@@ -12,7 +12,7 @@ from flip_jax import masking, sharding
 from flip_jax.config import Config
 from flip_jax.models.flip import FLIP
 
-PAIRS = 64  # whose logits are taken, or one for each part of the batch where there are more of these
+PAIRS = 64  # pairs whose logits are shown, or one per device where there are more devices
 IMAGES = 8
 
 
@@ -39,7 +39,7 @@ class Snapshot:
     def __call__(self, params: Any, batch: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Histograms {"logits/pairs", "logits/others"} and images {"masks": uint8 [N, S, S, 3]} of a training batch.
 
-        The first pairs of each process's `batch`, with new masks as in training. With several processes all call it.
+        They are the first pairs of each process's `batch`, under masks of its own. With several processes all call it.
         """
         shards = sharding.batch_shards(self._mesh)
         own = max(1, shards // jax.process_count())

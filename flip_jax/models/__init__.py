@@ -7,7 +7,7 @@ from flip_jax.models.flip import FLIP
 
 
 def build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
-    """A classifier where `config.finetune.classes` asks for one, else FLIP."""
+    """Builds a classifier if `config.finetune.classes` is set, else FLIP."""
     if config.finetune.classes:
         from flip_jax.models.classifier import Classifier
 
@@ -16,7 +16,7 @@ def build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def flops_per_sample(config: Config) -> float:
-    """Floating-point operations of one training sample, forward and backward, counting visible patches only.
+    """Counts the FLOPs of one training sample, forward and backward, over visible patches only.
 
     Matrix products only and no recompute, as model FLOP utilisation (MFU) is defined.
     """

@@ -35,11 +35,11 @@ class Classifier(nnx.Module):
         )
 
     def features(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """The pooled f32 tower output [B, width] of uint8 images."""
+        """Returns the pooled f32 tower output [B, width] of uint8 images."""
         return self.image(patchify(image_BxHxWx3, self.config.image.patch_size))
 
     def encode_image(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """The scores [B, classes] of uint8 images, f32: what a classifier has in place of embeddings."""
+        """Returns the f32 scores [B, classes] of uint8 images, which a classifier has instead of embeddings."""
         return self.head(self.features(image_BxHxWx3))
 
 
@@ -84,7 +84,7 @@ def mix(
 
 
 def rectangle(key: jax.Array, size: tuple[int, int], area: jax.Array) -> jax.Array:
-    """True [H, W] within a rectangle with this share of the image, its shape, and any centre in it."""
+    """Draws a mask [H, W], true within a rectangle of the image's shape, this share of its area and a random centre."""
 
     def within(key, length):
         half, centre = jnp.sqrt(area) * length / 2, jax.random.uniform(key, maxval=length)
@@ -106,7 +106,7 @@ def by_layer(optimizer: optax.GradientTransformation, config: Config) -> optax.G
 
 
 def layer_shares(params: Any, layer_decay: float, depth: int) -> Any:
-    """What each parameter's rate is multiplied by: `layer_decay` to the power of the layers between it and the head.
+    """Returns the factor of each parameter's rate: `layer_decay` to the power of the layers between it and the head.
 
     The head and the last norm are 0 layers away, the last block 1, the first `depth`, the embedding one more.
     """

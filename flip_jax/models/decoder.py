@@ -25,7 +25,7 @@ class Decoder(nnx.Module):
         self.predict = transformer.dense((width, pixels), ("embed", None), transformer.xavier, jnp.float32, rngs)
 
     def __call__(self, token_BxTxD: jax.Array, position_BxK: jax.Array, patch_BxLxP: jax.Array) -> jax.Array:
-        """The loss, a scalar: mean squared error of the removed patches' pixels, each patch normalised.
+        """Returns the scalar loss: the mean squared error of the removed patches' pixels, each patch normalised.
 
         `token_BxTxD` are the image tower's tokens, cls first, of the patches at `position_BxK` of `patch_BxLxP`.
         """

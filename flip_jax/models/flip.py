@@ -35,7 +35,7 @@ class FLIP(nnx.Module):
             self.logit_bias = nnx.Param(jnp.full((1,), -10.0), axes=("norm",))
 
     def encode_pairs(self, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Both embeddings of what a training step sees, and a scalar that it adds to the contrastive loss."""
+        """Encodes what a training step sees: both embeddings, and a scalar to add to the contrastive loss."""
         token_BxTxD = self.image.tokens(view.patch_BxKxP, view.position_BxK)
         image_BxE = normalise(self.image_projection(self.image.pool(token_BxTxD)))
         text_BxE = self.encode_text(view.token_BxK, view.token_position_BxK)
@@ -45,29 +45,29 @@ class FLIP(nnx.Module):
         return image_BxE, text_BxE, self.config.decoder.weight * reconstruction
 
     def compare(self, image_BxE: jax.Array, text_BxE: jax.Array) -> jax.Array:
-        """The contrastive loss over the global batch, a scalar."""
+        """Computes the contrastive loss over the global batch, a scalar."""
         if self.config.loss == "sigmoid":
             return losses.sigmoid(image_BxE, text_BxE, self.scale(), self.logit_bias[0])
         return losses.info_nce(image_BxE, text_BxE, self.scale())
 
     def encode_image(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """Normalised f32 embeddings [B, embed_dim] of whole uint8 images."""
+        """Returns normalised f32 embeddings [B, embed_dim] of whole uint8 images."""
         return self.encode_patches(masking.patchify(image_BxHxWx3, self.config.image.patch_size))
 
     def encode_patches(self, patch_BxKxP: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
-        """Normalised f32 embeddings [B, embed_dim] of the patches at these positions (None: a whole image's)."""
+        """Returns normalised f32 embeddings [B, embed_dim] of patches at these positions (None: a whole image's)."""
         return normalise(self.image_projection(self.image(patch_BxKxP, position_BxK)))
 
     def encode_text(self, token_BxK: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
-        """Normalised f32 embeddings [B, embed_dim] of int32 tokens, 0 being padding, at these positions (None: all)."""
+        """Returns normalised f32 embeddings [B, embed_dim] of int32 tokens, 0 being padding, at these positions."""
         return normalise(self.text_projection(self.text(token_BxK, position_BxK)))
 
     def features(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """The features that probes are fitted on: the pooled f32 tower output [B, width], before the projection."""
+        """Returns the features for probes: the pooled f32 tower output [B, width], before the projection."""
         return self.image(masking.patchify(image_BxHxWx3, self.config.image.patch_size))
 
     def scale(self) -> jax.Array:
-        """The factor of the cosines, a scalar: exp(logit_scale) within [1, 100]; the stored value is not clipped."""
+        """Returns the factor of the cosines: exp(logit_scale), clipped to [1, 100]; the stored value is not clipped."""
         # Not jnp.clip, whose gradient at a bound may change: minimum and maximum halve it there (official).
         return jnp.exp(jnp.minimum(jnp.maximum(self.logit_scale[0], 0), math.log(MAX_SCALE)))
 

@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 
 def layer_norm(width: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm; statistics in f32, the output in the model's `dtype`."""
+    """Makes a LayerNorm with statistics in f32 and its output in `config.dtype`."""
     vector = {"axes": ("norm",)}
     return nnx.LayerNorm(
         width,
@@ -43,7 +43,7 @@ def layer_norm(width: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm
 
 
 def dense(shape: tuple[int, int], axes: tuple[str, str], init, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A dense layer with bias whose kernel's two dimensions carry the logical `axes`."""
+    """Makes a dense layer with bias whose kernel's two dimensions carry the logical `axes`."""
     return nnx.Linear(
         *shape,
         kernel_init=init,
@@ -55,7 +55,7 @@ def dense(shape: tuple[int, int], axes: tuple[str, str], init, dtype: jnp.dtype,
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, by: str) -> jax.Array:
-    """Attention [B, T, heads, D] with its softmax in f32, `by` "xla" or, where there is no mask, "cudnn"."""
+    """Attends [B, T, heads, D] with the softmax in f32, `by` "xla" or, where there is no mask, "cudnn"."""
     if by == "xla" or mask is not None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     # JAX 0.10 refuses to differentiate cuDNN's attention for odd numbers of tokens: pad with one token and mask it out.
@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
         self.config = config
 
     def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`mask`, broadcast to [B, heads, T, T], is true where attention may look; None: everywhere."""
+        """Encodes tokens; `mask`, broadcast to [B, heads, T, T], is true where they may attend (None: everywhere)."""
         graphdef, layers = nnx.split(self.blocks)
 
         def step(x, layer):

@@ -19,7 +19,7 @@ PIXEL_STATS = {
 
 
 def sincos_2d(grid: int, width: int) -> np.ndarray:
-    """Fixed positions [1, 1 + grid**2, width]: zeros for cls, then sines and cosines of the column and of the row.
+    """Computes fixed positions [1, 1 + grid**2, width]: zeros for cls, then sines and cosines of column and row.
 
     The column comes first (official code); frequencies 10000^(-k / (width / 4)).
     """
@@ -33,7 +33,7 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
 
 
 def resize_positions(table_1xTxD: jax.Array, grid: int) -> jax.Array:
-    """The table [1, 1 + g**2, D] for another number of patches a side, bicubic; the row of cls stays as it is."""
+    """Resizes the table [1, 1 + g**2, D] to another number of patches per side, bicubic; the row of cls is kept."""
     old, width = math.isqrt(table_1xTxD.shape[1] - 1), table_1xTxD.shape[2]
     if old == grid:
         return table_1xTxD
@@ -42,7 +42,7 @@ def resize_positions(table_1xTxD: jax.Array, grid: int) -> jax.Array:
 
 
 def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarray:
-    """The kernel for patches of another size, which answers to a resized patch as the old one did to the patch.
+    """Resizes the kernel to another patch size: it responds to a resized patch as the old one did to the patch.
 
     Exactly so for larger patches, as nearly as can be for smaller ones (pseudo-inverse; FlexiViT, arXiv 2212.08013).
     """
@@ -54,7 +54,7 @@ def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarr
 
 
 def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarray:
-    """A weight ("pos_embed" or "patch_kernel") of a tower of another image or patch size, for this one."""
+    """Resizes a weight ("pos_embed" or "patch_kernel") of a tower of another image or patch size to this one."""
     if name == "patch_kernel":
         return resize_patch_kernel(value, config.patch_size)
     grid = config.image_size // config.patch_size
@@ -64,7 +64,7 @@ def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarr
 
 
 def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Xavier uniform of the flattened patch, not of the convolution (official)."""
+    """Draws Xavier uniform of the flattened patch, not of the convolution (official)."""
     return transformer.xavier(key, (int(np.prod(shape[:-1])), shape[-1]), dtype).reshape(shape)
 
 
@@ -92,13 +92,13 @@ class VisionTransformer(nnx.Module):
         return self.pool(self.tokens(patch_BxKxP, position_BxK))
 
     def pool(self, token_BxTxD: jax.Array) -> jax.Array:
-        """The vector [B, width] that stands for the image, from what `tokens` returned."""
+        """Pools the result of `tokens` into one vector per image, [B, width]."""
         if self.config.pool == "cls":
             return token_BxTxD[:, 0]
         return jnp.mean(token_BxTxD[:, 1:] if self.config.pool == "patches" else token_BxTxD, axis=1)
 
     def tokens(self, patch_BxKxP: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
-        """The encoded tokens, f32 [B, 1 + K, width], cls first.
+        """Encodes patches to tokens, f32 [B, 1 + K, width], cls first.
 
         Patches are uint8, or floats already normalised. Positions are those in the whole image; None means all of its
         patches in row order, whose position table is interpolated where the image has another size.

@@ -121,7 +121,7 @@ class Demo:
             "image_size": model.image.image_size,
             "patch_size": model.image.patch_size,
             "parameters": sum(x.size for x in jax.tree.leaves(self._encoder.params)),
-            "strategies": {name: inspect.getdoc(do).split("\n")[0] for name, do in STRATEGIES.items()},
+            "strategies": {name: (inspect.getdoc(do) or "").split("\n")[0] for name, do in STRATEGIES.items()},
             "mask": model.image.mask,
             "mask_ratio": model.image.mask_ratio,
             "template": templates[0] if templates else TEMPLATE,
