@@ -6,6 +6,7 @@ import time
 STARTED = time.perf_counter()  # before the other imports, which take seconds
 
 import argparse
+import faulthandler
 import logging
 import sys
 
@@ -30,7 +31,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(own: argparse.Namespace, settings: list[str]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    faulthandler.enable()
+    # Libraries install a handler of their own when they are imported, which this one replaces.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("flip_jax").setLevel(logging.INFO)
     config = config_check.read_recipe(settings)
     runtime.enable_compile_cache()

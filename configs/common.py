@@ -1,4 +1,4 @@
-"""What every recipe starts from, the tower sizes of the paper, and the variants of a recipe.
+"""The base recipe, the tower sizes of the paper, and the variants of a recipe.
 
 A recipe's `get_config(arg)` takes what follows a colon: variants and "key=value" with dotted keys, separated by commas:
 `--config=configs/flip_l16.py:unmasked,model.image.mask_ratio=0.25,seed=1`.

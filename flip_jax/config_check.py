@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -60,7 +61,10 @@ RENAMED = {"model.temperature": "model.init_logit_scale"}
 
 def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the settings of an older checkpoint to their names of today."""
-    return {RENAMED.get(key, key): value for key, value in flat.items()}
+    current = {RENAMED.get(key, key): value for key, value in flat.items()}
+    if "model.temperature" in flat:  # values outside of today's range meant its bounds, to which the loss clips
+        current["model.init_logit_scale"] = min(max(flat["model.temperature"], 1.0), 100.0)
+    return current
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
@@ -231,17 +235,30 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         )
     if "config" not in keys:
         raise UserError("--config=configs/NAME.py is missing; the recipes are in configs/")
+    recipe = re.sub("^.*?=", "", next(argument for argument in arguments if re.match("--?config=", argument)))
+    path = recipe.partition(":")[0]
+    if not os.path.isfile(path):
+        raise UserError(f"--config={recipe}: there is no recipe {path!r}; the recipes are in configs/")
     argv, values = ["recipe", *arguments], flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)[1:]
         values.config.lock()  # a recipe that could not be read raises at its first use
     except flags.Error as error:
-        cause = error.__cause__ or error.__context__  # absl wraps the refusals of a recipe
-        raise UserError(str(cause if isinstance(cause, UserError) else error)) from error
-    except (KeyError, AttributeError, OSError) as error:
+        if "Error whilst parsing config file" not in str(error):
+            raise UserError(str(error)) from error
+        # ml_collections raises it again with the text of the trace; a refusal is one message, a bug keeps its trace.
+        cause: BaseException | None = error
+        while cause and not (type(cause) is UserError and "Traceback" not in str(cause)):
+            cause = cause.__cause__ or cause.__context__
+        if not cause:
+            raise
+        raise UserError(str(cause)) from None
+    except (KeyError, AttributeError) as error:
         reason = next(filter(None, (unknown(key.removeprefix("config.")) for key in keys if "." in key)), None)
-        raise UserError(reason or f"--config: {' '.join(str(error.args[0]).split())}") from error
+        if not reason:
+            raise
+        raise UserError(reason) from error
     if rest:
         raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks needs quotes")
     return from_config_dict(values.config)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flip_jax import sharding
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 from flip_jax.runtime import UserError
 
@@ -183,19 +184,32 @@ class View(NamedTuple):
     all_BxLxP: jax.Array | None = None  # every patch: what the decoder reconstructs
 
 
-def see(config: ModelConfig, key: jax.Array, image_BxHxWx3: jax.Array, token_BxT: jax.Array) -> View:
+def see(
+    config: ModelConfig, key: jax.Array, image_BxHxWx3: jax.Array, token_BxT: jax.Array, microbatches: int = 1
+) -> View:
     """Drops what a training step does not see of uint8 images and int32 tokens; `key` is the step's own."""
-    patches = see_image(config.image, key, image_BxHxWx3)
+    patch_BxLxP = _patches(config.image, image_BxHxWx3, microbatches)
+    visible = _visible(config.image, key, patch_BxLxP)
     tokens = see_text(config.text, jax.random.fold_in(key, 1), token_BxT)
-    every = patchify(image_BxHxWx3, config.image.patch_size) if config.decoder.weight else None
-    return View(*patches, *tokens, every)
+    return View(*visible, *tokens, patch_BxLxP if config.decoder.weight else None)
 
 
 def see_image(config: ImageConfig, key: jax.Array, image_BxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Drops the masked patches: returns the pixels [B, K, P] of the visible ones and their positions [B, K]."""
+    return _visible(config, key, _patches(config, image_BxHxWx3))
+
+
+def _patches(config, image_BxHxWx3, microbatches=1):
+    """All patches that a mask chooses from; for "resize" those of the smaller image, all of which are visible."""
     if config.mask_ratio and config.mask == "resize":
-        image_BxHxWx3 = resize(image_BxHxWx3, math.isqrt(config.visible_patches) * config.patch_size)
-    patch_BxLxP = patchify(image_BxHxWx3, config.patch_size)
+        side = math.isqrt(config.visible_patches) * config.patch_size
+        # One part at a time, because resizing needs the pixels in f32.
+        parts = jax.lax.map(lambda part: resize(part, side), sharding.split(image_BxHxWx3, microbatches))
+        image_BxHxWx3 = sharding.join(parts)
+    return patchify(image_BxHxWx3, config.patch_size)
+
+
+def _visible(config, key, patch_BxLxP):
     if config.mask_ratio == 0 or config.mask == "resize":
         return patch_BxLxP, None
     position_BxK = STRATEGIES[config.mask](key, patch_BxLxP, config.visible_patches)

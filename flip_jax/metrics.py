@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -119,7 +120,8 @@ class Writer:
 
 def _metrics_files(workdir: epath.Path) -> list[epath.Path]:
     """Lists the files of metrics in the order written: metrics.jsonl, metrics-000001.jsonl, metrics-000002.jsonl."""
-    return sorted(workdir.glob("metrics*.jsonl"), key=lambda path: (len(path.name), path.name))
+    ours = (path for path in workdir.glob("metrics*.jsonl") if re.fullmatch(r"metrics(-\d{6,})?.jsonl", path.name))
+    return sorted(ours, key=lambda path: (len(path.name), path.name))
 
 
 def _step_of(line: str) -> float:

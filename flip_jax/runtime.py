@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 COMPILED = pathlib.Path.home() / ".cache" / "flip_jax" / "compiled"
-LOST_AFTER = 60  # seconds without a heartbeat before JAX takes a process for lost, names it and ends the others
+LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
 
 
 class UserError(ValueError):
@@ -35,15 +35,15 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
     except Exception as error:
         traceback.print_exc()
         code = 1
-        if _is_one_of_several() and type(error).__name__ == "JaxRuntimeError":
+        if _is_one_of_several() and isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
+            index, wait = sys.modules["jax"].process_index(), 2 * LOST_AFTER
             print(
-                f"error: this process cannot continue. If another process was lost, JAX names it within "
-                f"{2 * LOST_AFTER} s. Start all processes again with the same command: they resume from the newest "
-                "checkpoint in --workdir",
+                f"error: process {index} cannot continue. If another process was lost, JAX names it within {wait} s. "
+                "Start all processes again with the same command; training resumes from its newest checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
-            time.sleep(2 * LOST_AFTER)
+            time.sleep(wait)
     if _is_one_of_several():
         # At a normal exit this process would wait for the others, and they are waiting for it in a step.
         os._exit(code)
@@ -77,13 +77,30 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start_distributed(options: argparse.Namespace) -> None:
-    """Joins the other processes, if the command line says that there are any."""
+    """Joins the other processes, if the command line says that there are any.
+
+    Raises:
+      UserError: the options do not fit together, or the other processes cannot be reached.
+    """
+    address, count, index = options.coordinator, options.num_processes, options.process_id
+    if not address and (count is not None or index is not None):
+        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, the address of process 0")
+    if address and (":" not in address or count is None or index is None or not 0 <= index < count):
+        raise UserError(
+            "--coordinator needs HOST:PORT, --num_processes=N and --process_id=I with 0 <= I < N; got "
+            f"{address!r}, {count} and {index}"
+        )
+    if not (options.distributed or address):
+        return
     import jax
 
-    if options.distributed or options.coordinator:
-        jax.distributed.initialize(
-            options.coordinator, options.num_processes, options.process_id, heartbeat_timeout_seconds=LOST_AFTER
-        )
+    try:
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=LOST_AFTER)
+    except Exception as error:  # JAX's errors depend on the cluster that it finds
+        raise UserError(
+            f"this process cannot join the others: {error}. --distributed detects TPU pods, SLURM and GKE; elsewhere "
+            "give --coordinator, --num_processes and --process_id"
+        ) from error
 
 
 def say(line: str) -> None:

@@ -36,7 +36,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       UserError: the devices, or those of each slice, do not divide by fsdp * tensor.
     """
     devices = devices or jax.devices()
-    on_tpu = devices[0].platform == "tpu"  # on GPUs a node is a slice, and fsdp may span some
+    on_tpu = devices[0].platform == "tpu"  # on GPUs a node is a slice, and fsdp may span several
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     inner = config.fsdp * config.tensor
     if len(devices) % (slices * inner):
@@ -114,7 +114,8 @@ def join(arrays: Any) -> Any:
 
 
 def _batch_shards_here() -> int:
-    return batch_shards(jax.sharding.get_abstract_mesh())
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_shards(mesh)
 
 
 def by_batch(x: jax.Array) -> jax.Array:

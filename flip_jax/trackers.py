@@ -1,12 +1,13 @@
 """TensorBoard, Weights & Biases and logs in object stores, each used only by the runs that ask for it.
 
 The first two have the methods of clu's MetricWriter that a run calls: write_scalars, write_histograms, write_images and
-close. They are no subclasses of it, because importing clu.metric_writers imports TensorFlow.
+close. They do not subclass it, because importing clu.metric_writers imports TensorFlow.
 """
 
 import importlib.util
 import logging
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -45,8 +46,9 @@ class ObjectLog:
         self._prefix, self._suffix = prefix, suffix
         self._data, self._changed = b"", False
         folder, name = os.path.split(prefix)
-        found = [path.name for path in epath.Path(folder).glob(f"{name}-*{suffix}")]
-        self._number = max((int(n.removesuffix(suffix).rsplit("-", 1)[1]) for n in found), default=0) + 1
+        ours = re.compile(re.escape(name) + r"-(\d{6,})" + re.escape(suffix))
+        found = filter(None, (ours.fullmatch(path.name) for path in epath.Path(folder).glob(f"{name}-*{suffix}")))
+        self._number = max((int(match[1]) for match in found), default=0) + 1
 
     def write(self, data: bytes) -> None:
         self._data += data
@@ -75,7 +77,7 @@ class TensorBoard:
         if "://" in folder:
             # tensorboardX knows only gs and s3, needs a package for each, and sends the whole file at every flush.
             tensorboardX.record_writer.register_writer_factory(folder.split(":")[0], _EventObjects)
-        self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1 if step else None)
+        self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():

@@ -79,11 +79,10 @@ def _run(
     state = _initial_state(config, program, checkpoints, start, batches)
     flops = models.flops_per_sample(config)
     _say_start(config, mesh, program, flops)
-    if not start:
-        metrics.write_parameters(workdir, program.state.params)
+    metrics.write_parameters(workdir, program.state.params)
     writer = metrics.Writer(workdir, start, config)
     progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
-    evaluate = _evaluation(config, program, state.params, tokenizer, mesh, writer) if config.eval.every_steps else None
+    evaluate = _evaluation(config, program, tokenizer, mesh, writer) if config.eval.every_steps else None
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
@@ -152,17 +151,22 @@ def _initial_state(config: Config, program: Program, checkpoints: checkpoint.Che
 
 
 def _evaluation(
-    config: Config, program: Program, params: Any, tokenizer: Tokenizer | None, mesh: Mesh, writer: metrics.Writer
+    config: Config, program: Program, tokenizer: Tokenizer | None, mesh: Mesh, writer: metrics.Writer
 ) -> Callable[[Any, dict[str, Any], int], None]:
     """Builds the function that evaluates weights and writes results; a run that never evaluates loads none of this."""
     from flip_jax import evaluators, inference
     from flip_jax.evaluators import snapshot
 
-    encoder = inference.Encoder(program.graphdef, params, tokenizer, config)
+    encoder: inference.Encoder | None = None
     look = snapshot.Snapshot(program.graphdef, config, mesh)
 
     def evaluate(params, batch, step):
-        results = dict(evaluators.run(encoder.with_params(params), config))
+        nonlocal encoder
+        # Later encoders share the programs that the first one compiles.
+        encoder = (
+            encoder.with_params(params) if encoder else inference.Encoder(program.graphdef, params, tokenizer, config)
+        )
+        results = dict(evaluators.run(encoder, config))
         writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
         if "text" in batch and (writer.trackers or jax.process_count() > 1):  # all take part, the first one writes
             writer.draw(step, *look(params, batch, step))
@@ -195,7 +199,8 @@ def summarise(window: list[Report], workdir: epath.Path) -> dict[str, float]:
     reports = jax.device_get([report for _, _, report in window])
     for (step, keys, _), report in zip(window, reports, strict=True):
         if not np.isfinite(report["loss"]):
-            path = workdir / f"nonfinite_{step}.txt"
+            process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+            path = workdir / f"nonfinite_{step}{process}.txt"
             path.write_text("\n".join(keys) + "\n")
             raise UserError(
                 f"the loss of step {step} is {report['loss']}; nothing was saved since. Its samples: {keys[:4]} ... "
@@ -210,7 +215,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _count_scalars(step: int, counts: dict[str, Any]) -> dict[str, int]:
-    """Sums the records of all processes, on the first process."""
+    """Sums read, used and bad records over all processes; empty except on the first one."""
     own = {"data/read": counts["read"], "data/used": counts["used"]}
     own |= {f"data/bad/{kind}": count for kind, count in counts["bad"].items()}
     return runtime.sum_counts(f"counts/{step}", own)

@@ -72,7 +72,7 @@ def make_loss_and_grads(graphdef: nnx.GraphDef, microbatches: int) -> Callable[.
 
     def loss_and_grads(params, image, text, mask_key):
         model: FLIP = nnx.merge(graphdef, params)
-        view = masking.see(model.config, mask_key, image, text)
+        view = masking.see(model.config, mask_key, image, text, microbatches)
         return two_passes(params, view) if microbatches > 1 else jax.value_and_grad(one_pass)(params, view)
 
     return loss_and_grads

@@ -59,19 +59,30 @@ def test_the_command_line_of_a_recipe():
     "arguments, message",
     [
         ([], "--config=configs/NAME.py is missing"),
-        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs/none.py"], "there is no recipe 'configs/none.py'; the recipes are in configs/"),
         ([L16, "--config.mask_ratio=0.5"], "config.mask_ratio is unknown; did you mean config.model.image.mask_ratio"),
         ([L16, "--config.data.train=a", "--config.data.train=b"], "--config.data.train is given 2 times.*in quotes"),
         ([L16, L16], "--config is given 2 times"),
         ([L16, "--config.seed=1", "b.tar"], "unexpected arguments: b.tar"),
         ([L16, "--config.seed=one"], "seed"),
         ([L16, "--wokdir=a"], "wokdir"),
-        ([f"{L16}:unmaskd"], "'unmaskd' must be a variant"),
+        ([f"{L16}:unmaskd"], "^--config=...:unmaskd: 'unmaskd' must be a variant"),
+        ([f"{L16}:modle.dtype=float32"], "^config.modle.dtype is unknown; did you mean config.model.dtype"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_error(arguments, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         config_check.read_recipe(arguments)
+    assert "Traceback" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_bug_in_a_recipe_keeps_its_trace(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    for line, error in (("None.foo", AttributeError), ("int('x')", ValueError), ("open('/none')", OSError)):
+        recipe.write_text(f"def get_config(arg=None):\n    {line}\n")
+        with pytest.raises(Exception) as caught:
+            config_check.read_recipe([f"--config={recipe}"])
+        assert not isinstance(caught.value, UserError), error
 
 
 def test_a_checkpoint_of_an_earlier_version_names_its_settings_as_it_did(load_recipe):

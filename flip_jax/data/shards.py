@@ -36,6 +36,10 @@ class Damaged(Exception):
     """Raised as (kind, details) for a shard that no further attempt can read beyond this place."""
 
 
+class _BadHeader(Exception):
+    """Raised for a tar header with a wrong checksum, or numbers that are none."""
+
+
 class Shards:
     """Files read from front to back. A subclass parses one in `_samples`."""
 
@@ -253,7 +257,7 @@ def members(file: BinaryIO, offset: int) -> Iterator[Member]:
         after_end_mark = False
         try:
             kind, size = _parse_header(block, extended)
-        except ValueError:
+        except _BadHeader:
             if not block:  # cut exactly between two members: only the end mark is missing
                 yield Member(end=offset)
             if offset or len(block) < 512:
@@ -273,16 +277,16 @@ def members(file: BinaryIO, offset: int) -> Iterator[Member]:
 
 
 def _parse_header(block, extended):
-    """Returns the kind and size in a tar header. ValueError if it is damaged."""
+    """Returns the kind and size in a tar header, or raises _BadHeader."""
     kind = block[156:157]
     # Sizes above 8 GB are binary, marked by the first bit.
-    size = int.from_bytes(block[125:136]) if block[124:125] == b"\x80" else _octal(block[124:136])
+    size = int.from_bytes(block[125:136]) if block[124:125] == b"\x80" else _number(block[124:136])
     if kind not in b"xgLK":
-        size = int(extended.get(b"size", size))
+        size = _number(extended[b"size"], 10) if b"size" in extended else size
     # The checksum is taken with spaces in its own place.
     checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    if not 0 <= size <= MAX_SKIP or len(block) < 512 or _octal(block[148:156]) != checksum:
-        raise ValueError
+    if not 0 <= size <= MAX_SKIP or len(block) < 512 or _number(block[148:156]) != checksum:
+        raise _BadHeader
     return kind, size
 
 
@@ -293,9 +297,12 @@ def _member_name(block, extended):
     return name.decode(errors="replace")
 
 
-def _octal(field):
-    """Parses an octal number of a tar header. ValueError if it is not one."""
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+def _number(field, base=8):
+    """Parses a number of a tar header, or raises _BadHeader."""
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", base)
+    except ValueError:
+        raise _BadHeader from None
 
 
 def _masked_crc32c(data):

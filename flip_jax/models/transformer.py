@@ -13,10 +13,10 @@ from flip_jax.sharding import by_batch
 xavier = nnx.initializers.xavier_uniform()
 # The three input projections are drawn as if they were one matrix three times as wide, less sqrt(2) (official).
 _qkv_init = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
-# What the backward pass finds saved; it computes the rest again.
+# What is saved for the backward pass; the rest is recomputed.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    # As "dots" without the MLP's hidden units: 4 of 9 saved widths, for a ninth more work.
+    # Like "dots" without the MLP's hidden units: 4 of 9 widths saved, for about a ninth more work.
     "names": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "out"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

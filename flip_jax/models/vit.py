@@ -44,7 +44,7 @@ def resize_positions(table_1xTxD: jax.Array, grid: int) -> jax.Array:
 def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarray:
     """Resizes the kernel to another patch size: it responds to a resized patch as the old one did to the patch.
 
-    Exactly so for larger patches, as nearly as can be for smaller ones (pseudo-inverse; FlexiViT, arXiv 2212.08013).
+    Exact for larger patches, least squares for smaller ones (pseudo-inverse; FlexiViT, arXiv 2212.08013).
     """
     old, _, channels, width = kernel_PxPx3xD.shape
     by_side = np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (patch_size, old), "linear"), np.float64)

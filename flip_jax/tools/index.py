@@ -95,8 +95,9 @@ def read_index(path: pathlib.Path) -> dict[str, Any]:
 def part_info(path: pathlib.Path) -> dict[str, Any]:
     """Return a part's rows, records read, [key, kind] of the bad ones, and the offset at which the next part begins."""
     try:
-        return json.loads(parquet.read_schema(path).metadata[_META])
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        metadata = parquet.read_schema(path).metadata or {}
+        return json.loads(metadata.get(_META, b""))
+    except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged: delete it and run `flip embed` again") from error
 
 
