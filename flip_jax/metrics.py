@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from etils import epath
 
 from flip_jax.config import Config
@@ -63,6 +62,8 @@ def write_parameters(workdir: epath.Path, params: Mapping[str, Any]) -> None:
     `params` is a nested dict of arrays, or of their shapes; only the first process writes.
     """
     if jax.process_index() == 0:
+        from clu import parameter_overview  # slow to import
+
         # Statistics of the values would need all processes and a fetch of every parameter.
         table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
         (workdir / "parameters.txt").write_text(table + "\n")

@@ -11,7 +11,7 @@ def test_a_setting_that_is_newer_than_the_checkpoint_was_its_default(tmp_path, m
     written = config_check.flatten(config)
     del written["model.attention"]
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    monkeypatch.setattr(checkpoints, "read", {"config": written}.get)
+    monkeypatch.setattr(checkpoint, "_read_json", lambda step, item: {"config": written}[item])
     checkpoints.check_config(config)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="cudnn"))
     with pytest.raises(ValueError, match="config.model.attention: checkpoint 'xla', now 'cudnn'"):

@@ -84,7 +84,7 @@ def test_three_optimiser_steps(recorded, program, monkeypatch):
         np.testing.assert_array_equal(keep, steps[f"ids_keep_step{step}"])
         monkeypatch.setitem(masking.STRATEGIES, "random", lambda *_, keep=keep: keep)
         if step == 0:
-            loss_and_grads = train_step.make_loss_and_grads(program.graphdef, 1)
+            loss_and_grads = jax.jit(train_step.make_loss_and_grads(program.graphdef, 1))
             _, grads = loss_and_grads(state.params, inputs["image"], inputs["txt"], jax.random.key(0))
             theirs = to_ours(recorded_parameters("grads_step0"))
             for name, grad in flatten_dict(grads, sep="/").items():
@@ -107,9 +107,13 @@ def test_logit_scale_is_clipped_and_its_gradient_halved_at_a_bound(recorded, pro
     inputs = arrays(recorded / "inputs.npz")
     params = unflatten_dict(to_ours(recorded_parameters("params")), sep="/")
 
-    def loss(logit_scale, **rest):
+    image, text = jax.jit(lambda model: (model.encode_image(inputs["image"]), model.encode_text(inputs["txt"])))(
+        nnx.merge(program.graphdef, params)
+    )
+
+    @jax.jit
+    def loss(logit_scale):
         model = nnx.merge(program.graphdef, params | {"logit_scale": logit_scale})
-        image, text = model.encode_image(inputs["image"]), model.encode_text(inputs["txt"])
         return losses.info_nce(image, text, model.scale())
 
     for stored, official in json.loads((recorded / "logit_scale_clip.json").read_text()).items():

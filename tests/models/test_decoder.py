@@ -27,7 +27,7 @@ def seen(model):
     """Tokens, positions of the visible patches, and all patches of four pictures."""
     image, text = helpers.batch(4)
     view = masking.see(model.config, KEY, image, text)
-    return model.image.tokens(view.patch_BxKxP, view.position_BxK), view.position_BxK, view.all_BxLxP
+    return model.image.tokens(view.patch_BxKxP, view.position_BxK), view.position_BxK, jnp.asarray(view.all_BxLxP)
 
 
 def test_a_head_that_predicts_zero_has_the_variance_of_the_removed_patches(model, seen):
