@@ -28,7 +28,7 @@ from flip_jax.config import (
     OptimConfig,
     TextConfig,
 )
-from flip_jax.data import transforms
+from flip_jax.data import sources, transforms
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
@@ -36,7 +36,6 @@ from flip_jax.tools import embed, index
 
 REPO = pathlib.Path(__file__).parent.parent
 FIXTURES = REPO / "tests" / "fixtures"
-SHARED = REPO.parent / "shared"
 # Little is computed and much compiled: without LLVM's costly passes the tests take two thirds of the time.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 DEVICES = "--xla_force_host_platform_device_count="
@@ -182,6 +181,17 @@ def samples(count, start=0):
     """Members of samples "00000".. with a PNG, a caption and a class."""
     for i in range(start, start + count):
         yield from ((f"{i:05}.png", png(i)), (f"{i:05}.txt", f"picture {i}".encode()), (f"{i:05}.cls", b"%d" % (i % 7)))
+
+
+def records(kind, path, **data):
+    """Read all records of a source in order."""
+    source = sources.open_source(f"{kind}:{path}", DataConfig(**data))
+    return list(sources.in_order(source, iter(range(len(source)))))
+
+
+def summary(found):
+    """Key, captions and kind of damage of each record."""
+    return [(r["key"], r.get("texts"), r.get("bad")) for r in found]
 
 
 # Tolerances for values that two f32 programs sum in another order. Rounding is 6e-8, and the towers of these tests sum

@@ -8,16 +8,11 @@ import json
 import numpy as np
 import pytest
 from etils import epath
-from helpers import png
+from helpers import png, records
 
 from flip_jax.config import DataConfig
 from flip_jax.data import sources
 from flip_jax.runtime import UserError
-
-
-def records(kind, path, **data):
-    source = sources.open_source(f"{kind}:{path}", DataConfig(**data))
-    return list(sources.in_order(source, iter(range(len(source)))))
 
 
 @pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])

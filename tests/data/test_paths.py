@@ -7,26 +7,12 @@ import threading
 
 import fsspec
 import pytest
-from helpers import samples, write_tar
+from helpers import records, samples, summary, write_tar
 
 from flip_jax.config import DataConfig
 from flip_jax.data import paths, sources
 from flip_jax.data import shards as shard_files
 from flip_jax.runtime import UserError
-
-
-def records(kind, path, **data):
-    source = sources.open_source(f"{kind}:{path}", DataConfig(**data))
-    return list(sources.in_order(source, iter(range(len(source)))))
-
-
-def summary(found):
-    return [(r["key"], r.get("texts"), r.get("bad")) for r in found]
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(shard_files, "RETRY_AFTER", (0.001, 0.001))
 
 
 def test_patterns_expand_as_in_webdataset(tmp_path):
