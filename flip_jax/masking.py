@@ -189,9 +189,10 @@ def see(
 ) -> View:
     """Drops what a training step does not see of uint8 images and int32 tokens; `key` is the step's own."""
     patch_BxLxP = _patches(config.image, image_BxHxWx3, microbatches)
-    visible = _visible(config.image, key, patch_BxLxP)
-    tokens = see_text(config.text, jax.random.fold_in(key, 1), token_BxT)
-    return View(*visible, *tokens, patch_BxLxP if config.decoder.weight else None)
+    visible_BxKxP, position_BxK = _visible(config.image, key, patch_BxLxP)
+    token_BxK, token_position_BxK = see_text(config.text, jax.random.fold_in(key, 1), token_BxT)
+    all_BxLxP = patch_BxLxP if config.decoder.weight else None
+    return View(visible_BxKxP, position_BxK, token_BxK, token_position_BxK, all_BxLxP)
 
 
 def see_image(config: ImageConfig, key: jax.Array, image_BxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array | None]:
