@@ -104,7 +104,8 @@ def count_lines(workdir):
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, shards, tmp_path):
     workdir, first = undisturbed
-    command = [arg.replace(str(workdir), str(tmp_path)) for arg in first.args] + ["--config.checkpoint.every_steps=0"]
+    own = [word for word in first.args if not word.startswith("--config.checkpoint.every_steps=")]
+    command = [word.replace(str(workdir), str(tmp_path)) for word in own] + ["--config.checkpoint.every_steps=0"]
     process = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 4/"):
