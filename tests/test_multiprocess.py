@@ -71,7 +71,8 @@ class Group:
         return "\n\n".join(text[-3000:] for text in self.outputs())
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_of_eight_devices_in_all_train_as_one_device_does(alone, tmp_path, count):
     out = tmp_path / "out.npz"
 

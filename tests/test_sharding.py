@@ -28,10 +28,15 @@ def test_eight_devices_train_as_one_does(alone, mesh):
 
 
 @pytest.mark.parametrize(
-    "devices, mesh, parts", [(1, MeshConfig(), 2), (1, MeshConfig(), 16), (4, MeshConfig(fsdp=2), 4)]
+    "devices, mesh, parts",
+    [
+        pytest.param(1, MeshConfig(), 2, marks=pytest.mark.slow),
+        pytest.param(1, MeshConfig(), 16, marks=pytest.mark.slow),
+        (4, MeshConfig(fsdp=2), 4),
+    ],
 )
 def test_microbatches_train_as_the_whole_batch_does(alone, devices, mesh, parts):
-    """The loss still compares all pairs, and every picture keeps its mask."""
+    """The loss still compares all pairs, and every image keeps its mask."""
     config = dataclasses.replace(helpers.CONFIG, microbatches=parts)
     assert_same_training(run_steps(devices, mesh, config=config), alone)
 
