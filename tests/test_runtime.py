@@ -1,5 +1,6 @@
 """The one error that users see, and the one wrapper that prints it."""
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -67,3 +68,21 @@ def test_the_trainer_refuses_without_a_trace(arguments, message, tmp_path):
         timeout=120,
     )
     assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_processes": 2, "process_id": 0}, "need --coordinator=HOST:PORT"),
+        (
+            {"coordinator": "host", "num_processes": 2, "process_id": 0},
+            "--coordinator needs HOST:PORT.*got 'host', 2 and 0",
+        ),
+        ({"coordinator": "host:1", "num_processes": 2}, "got 'host:1', 2 and None"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "0 <= I < N; got 'host:1', 2 and 2"),
+    ],
+)
+def test_options_of_several_processes_that_do_not_fit_together_are_refused(options, message):
+    none = dict.fromkeys(("coordinator", "num_processes", "process_id"))
+    with pytest.raises(runtime.UserError, match=message):
+        runtime.start_distributed(argparse.Namespace(distributed=False, **(none | options)))
