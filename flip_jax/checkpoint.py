@@ -78,8 +78,8 @@ class Checkpoints:
         Raises:
           UserError: the settings that differ, both values.
         """
-        saved = _read_json(self.directory / str(self.latest()), "config")
-        written = config_check.flatten(Config()) | config_check.current_names(saved)
+        recorded = _read_json(self.directory / str(self.latest()), "config")
+        written = config_check.flatten(Config()) | config_check.current_names(recorded)
         differences = [
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
             for key, saved, ours in _differences(written, config_check.flatten(config))
@@ -127,7 +127,7 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
     """Writes a step's folder of weights alone, as `newest` and `read_params` take it.
 
     Raises:
-      UserError: it is there already.
+      UserError: the folder exists.
     """
     folder = _absolute(folder)
     if folder.exists():

@@ -5,14 +5,14 @@ loss.png and classify.png.
 """
 
 import argparse
-import json
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
-from flip_jax import evaluators
+from flip_jax import evaluators, metrics
 from flip_jax.data import pipeline
 from flip_jax.evaluators import zeroshot
 from flip_jax.inference import Encoder, load
@@ -54,21 +54,15 @@ def retrieval(encoder: Encoder, source: str, queries: Sequence[str], path: pathl
     drawing.save(figure, path)
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Read a run's metrics.jsonl; UserError if it is missing."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): --model must be the folder of a run") from error
-
-
 def report(folder: pathlib.Path, queries: Sequence[str]) -> None:
     """Draw the figures of a run, and print its last accuracy.
 
     Raises:
       UserError: there are no metrics or no complete checkpoint, or the evaluation's data are missing.
     """
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = metrics.read_metrics(epath.Path(folder))
+    if not lines:
+        raise UserError(f"{folder} has no metrics.jsonl with the metrics of a run: --model must be the folder of a run")
     encoder = load(folder)
     out = folder / "report"
     options.make_folder("--model", out)
