@@ -3,6 +3,8 @@
 A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is complete.
 """
 
+import glob
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -83,13 +85,18 @@ class Checkpoints:
         differences = [
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
             for key, saved, ours in _differences(written, config_check.flatten(config))
-            if not key.startswith(config_check.RESUMABLE_CHANGES)
+            if not key.startswith(config_check.RESUMABLE_CHANGES) and not (key == "data.train" and self._knows_data())
         ]
         if differences:
             raise UserError(
                 f"{self.directory} holds checkpoints of a run with other settings:\n" + "\n".join(differences) + "\n"
                 "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)."
             )
+
+    def _knows_data(self) -> bool:
+        """Tells whether the newest step says which files it was trained on; then `restore` compares those."""
+        states = (self.directory / str(self.latest()) / "data").iterdir()
+        return any("sources" in json.loads(path.read_text()) for path in states if path.name.endswith(".json"))
 
     def wait(self):
         """Returns when all that was started is saved."""
@@ -103,8 +110,14 @@ class Checkpoints:
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    return path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    """Makes a path absolute. UserError if Orbax, which looks for its files by globs, could not read it back."""
+    path = epath.Path(path).expanduser()
+    path = path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    if glob.has_magic(os.fspath(path)):
+        raise UserError(
+            f"{os.fspath(path)!r}: a checkpoint cannot be read from a path with [, * or ?; use another name"
+        )
+    return path
 
 
 def newest(path: str) -> epath.Path:
