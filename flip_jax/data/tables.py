@@ -230,6 +230,7 @@ def rows(text: Iterable[str], separator: str, blanks: bool = False) -> Iterator[
         taken.clear()
         if row is None:
             row = line.rstrip("\r\n").split(separator) if line.strip("\r\n") else []
+            row = [field.lstrip(" ") for field in row] if blanks else row
             if len(line) > MAX_TEXT and any(len(field) > MAX_TEXT for field in row):
                 row = [""]
         if row:
