@@ -80,13 +80,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. The peak learning rate is `base_learning_rate * global_batch_size / 256`."""
+    """AdamW. The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`."""
 
     base_learning_rate: float = 4e-6
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.2
     mu_dtype: str = "float32"
+    learning_rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation every `every_steps` and at the end (0: never) by `tasks`, each EVALUATOR/DATASET.
+    """Evaluation every `every_steps` (0: only at the end) by `tasks`, each EVALUATOR/DATASET.
 
     EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.known.KNOWN`; NAME=SOURCE,
     where its images lie elsewhere; or SOURCE, as in `DataConfig.train`. Where something is fitted on a training split,
@@ -162,6 +163,11 @@ class EvalConfig:
     templates: tuple[str, ...] = ()
     batch_size: int = 256
     mask: str = "intact"
+
+    @property
+    def wanted(self) -> bool:
+        """Tells whether the run evaluates; without tasks it still draws for the trackers every `every_steps`."""
+        return bool(self.tasks or self.every_steps)
 
 
 @dataclasses.dataclass(frozen=True)

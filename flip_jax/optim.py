@@ -12,8 +12,16 @@ NOT_DECAYED = ("bias", "patch_bias", "logit_bias", "scale", "pos_embed")
 
 
 def peak_learning_rate(config: Config) -> float:
-    """Applies the linear scaling rule: the base rate is for 256 samples."""
-    return config.optim.base_learning_rate * config.global_batch_size / 256
+    """Returns the absolute rate if one is set, else applies the linear scaling rule to the base rate of 256 samples."""
+    return config.optim.learning_rate or config.optim.base_learning_rate * config.global_batch_size / 256
+
+
+def describe_peak(config: Config) -> str:
+    """Says how the peak learning rate came about."""
+    peak, base, batch = peak_learning_rate(config), config.optim.base_learning_rate, config.global_batch_size
+    if config.optim.learning_rate:
+        return f"peak learning rate {peak:.4g} = optim.learning_rate, in place of base {base:.4g} x batch / 256"
+    return f"peak learning rate {peak:.4g} = base {base:.4g} x batch {batch:,} / 256"
 
 
 def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax.Schedule:

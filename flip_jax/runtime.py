@@ -103,6 +103,11 @@ def start_distributed(options: argparse.Namespace) -> None:
         ) from error
 
 
+def is_alone() -> bool:
+    """Tells whether this is the only process of the run."""
+    return not _is_one_of_several()
+
+
 def say(line: str) -> None:
     """Prints a line on the first process."""
     import jax

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from flip_jax import checkpoint, memory, metrics, models, runtime, sharding
+from flip_jax import checkpoint, memory, metrics, models, optim, runtime, sharding
 from flip_jax.config import Config
 from flip_jax.data import pipeline
 from flip_jax.data.tokenizer import Tokenizer
@@ -40,10 +40,11 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh)
-    if config.eval.every_steps:
+    if config.eval.tasks:
         from flip_jax import evaluators
 
-        evaluators.check(config)
+        if reasons := evaluators.problems(config):  # named together with the training data where these are missing, too
+            raise UserError("\n".join([*pipeline.problems(config), *reasons]))
     metrics.check(config)
     with (
         contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints,
@@ -82,7 +83,7 @@ def _run(
     metrics.write_parameters(workdir, program.state.params)
     writer = metrics.Writer(workdir, start, config)
     progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
-    evaluate = _evaluation(config, program, tokenizer, mesh, writer) if config.eval.every_steps else None
+    evaluate = _evaluation(config, program, tokenizer, mesh, writer) if config.eval.wanted else None
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
@@ -178,7 +179,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises UserError where the training or evaluation batch cannot be split evenly over the mesh."""
     shards = sharding.batch_shards(mesh)
     sizes = {"global_batch_size": (config.global_batch_size, config.microbatches)}
-    if config.eval.every_steps:
+    if config.eval.wanted:
         sizes["eval.batch_size"] = (config.eval.batch_size, 1)
     for key, (size, microbatches) in sizes.items():
         parts = shards * microbatches
@@ -229,3 +230,4 @@ def _say_start(config: Config, mesh: Mesh, program: Program, flops: float) -> No
         f"{mesh.size} {jax.devices()[0].device_kind} ({axes}), {jax.process_count()} process(es), "
         f"{config.total_steps:,} steps of {config.global_batch_size:,} samples"
     )
+    say(optim.describe_peak(config))
