@@ -117,9 +117,9 @@ class Checkpoints:
 
 
 def _fixed_samples(written: Mapping[str, Any], config: Config) -> int:
-    """Counts the samples during which neither run's learning rate depends on its length."""
+    """Counts the samples during which neither run's learning rate depends on its length (cosine: -1, always)."""
     if written["optim.schedule"] != "constant" or config.optim.schedule != "constant":
-        return 0
+        return -1
     old = written["total_samples"] - written["optim.cooldown_samples"]
     return min(old, config.total_samples - config.optim.cooldown_samples)
 

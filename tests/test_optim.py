@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import CONFIG
+from helpers import CONFIG, arguments, final_params, leaves, run_command
 
 from flip_jax import checkpoint, config_check, optim
 from flip_jax.config import OptimConfig
@@ -65,3 +65,16 @@ def test_the_length_may_change_until_a_cooldown_begins(tmp_path, monkeypatch, st
         with pytest.raises(UserError, match=rf"(?s)checkpoint .*, now .*this run is at step {step}, schedule"):
             checkpoints.check_config(new)
     checkpoints.close()
+
+
+@pytest.mark.slow
+def test_an_extended_run_ends_with_the_bits_of_a_run_that_was_long_from_the_start(shards, tmp_path):
+    settings = {"optim.schedule": "constant", "warmup_samples": 64}
+    long = {"total_samples": 384, "optim.cooldown_samples": 128, **settings}
+    run_command(arguments(shards, tmp_path / "whole", **long))
+    run_command(arguments(shards, tmp_path / "parts", **{**settings, "total_samples": 192}))
+    run_command(arguments(shards, tmp_path / "parts", **long))
+    for one, other in zip(*(leaves(final_params(tmp_path / name, 12)) for name in ("whole", "parts")), strict=True):
+        np.testing.assert_array_equal(one, other)
+    again = run_command(arguments(shards, tmp_path / "parts", **{**long, "total_samples": 768}), check=False)
+    assert again.returncode == 1 and "this run is at step 12, schedule constant" in again.stderr
