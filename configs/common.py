@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from flip_jax import config_check
 from flip_jax.config import Config
@@ -24,7 +24,9 @@ SIZES = {
 
 def get_config(size: str = "b", patch_size: int = 16, mask_ratio: float = 0.5) -> ConfigDict:
     """Builds the paper's pre-training: 12.8 billion samples at a batch of 65,536; warm-up five times as long for H."""
-    config = ConfigDict(dataclasses.asdict(Config()))
+    # A number or "auto", whichever the recipe or the command line gives.
+    anything = FieldReference("auto", field_type=object)
+    config = ConfigDict(dataclasses.asdict(Config()) | {"microbatches": anything})
     for tower, sizes in zip((config.model.image, config.model.text), SIZES[size][:2], strict=True):
         tower.width, tower.depth, tower.heads = sizes
     config.model.embed_dim = SIZES[size][2]

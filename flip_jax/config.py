@@ -80,7 +80,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`."""
+    """AdamW. The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`.
+
+    `schedule` "cosine" falls to 0 over the whole run (the paper); "constant" stays at the peak after the warm-up, until
+    it falls linearly to 0 over the last `cooldown_samples` (0: never), so a run's length can be changed until then.
+    """
 
     base_learning_rate: float = 4e-6
     b1: float = 0.9
@@ -88,6 +92,8 @@ class OptimConfig:
     weight_decay: float = 0.2
     mu_dtype: str = "float32"
     learning_rate: float = 0.0
+    schedule: str = "cosine"
+    cooldown_samples: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +200,8 @@ class Config:
     global_batch_size: int = 65_536
     total_samples: int = 12_800_000_000
     warmup_samples: int = 51_200_000
-    microbatches: int = 1  # parts of the batch that are encoded one after the other; the loss compares the full batch
+    # Parts of the batch that are encoded one after the other; the loss compares the full batch. "auto": as few as fit.
+    microbatches: int | str = 1
     init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
     profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
     model: ModelConfig = ModelConfig()

@@ -164,6 +164,11 @@ def _cast(hint: Any, value: Any, key: str) -> Any:
             if len(items) == len(value):
                 return tuple(_cast(item, v, key) for item, v in zip(items, value, strict=True))
         raise UserError(f"config.{key} must be {hint}, got {value!r}")
+    if isinstance(hint, types.UnionType):  # int | str: a number or "auto"
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if type(value) is int or value == "auto":
+            return value
+        raise UserError(f"config.{key} must be a whole number or 'auto', got {value!r}")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -186,6 +191,7 @@ _CHOICES = {
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
     "optim.mu_dtype": ("bfloat16", "float32"),
+    "optim.schedule": ("cosine", "constant"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
 _ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
@@ -198,7 +204,14 @@ _RANGES = {
     "finetune.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
     "finetune.label_smoothing": ("be in [0, 1)", lambda x: 0 <= x < 1),
 }
-_AT_LEAST_ZERO = ("warmup_samples", "eval.every_steps", "checkpoint.every_steps", "data.threads", "finetune.classes")
+_AT_LEAST_ZERO = (
+    "warmup_samples",
+    "optim.cooldown_samples",
+    "eval.every_steps",
+    "checkpoint.every_steps",
+    "data.threads",
+    "finetune.classes",
+)
 
 
 def _check(config: Config) -> None:
@@ -251,11 +264,21 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.warmup_samples {config.warmup_samples} must be less than total_samples {config.total_samples}"
         )
+    cooldown = config.optim.cooldown_samples
+    if cooldown and config.optim.schedule != "constant":
+        raise UserError(
+            f"config.optim.cooldown_samples {cooldown} needs config.optim.schedule 'constant', or set it to 0"
+        )
+    if config.warmup_samples + cooldown > config.total_samples:
+        raise UserError(
+            f"config.warmup_samples {config.warmup_samples} and optim.cooldown_samples {cooldown} are more than "
+            f"total_samples {config.total_samples}"
+        )
     for key, low, high in (("crop_area", 0, 1), ("crop_aspect", 0, float("inf"))):
         lo, hi = getattr(data, key)
         if not low < lo <= hi <= high:
             raise UserError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
-    if config.finetune.classes and (image.mask_ratio or config.microbatches > 1):
+    if config.finetune.classes and (image.mask_ratio or config.microbatches not in (1, "auto")):
         raise UserError(
             "config.finetune.classes: fine-tuning sees whole images, a batch at once; set model.image.mask_ratio 0 "
             f"and microbatches 1, got {image.mask_ratio} and {config.microbatches}"

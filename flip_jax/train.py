@@ -40,6 +40,8 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh)
+    limit = memory.device_memory()  # before this process takes some of it
+    memory.check(config, mesh, limit)
     if config.eval.tasks:
         from flip_jax import evaluators
 
@@ -51,30 +53,45 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         jax.set_mesh(mesh),
         runtime.Termination() as termination,
     ):
-        _run(config, workdir, mesh, checkpoints, termination, started)
+        _run(config, workdir, mesh, limit, checkpoints, termination, started)
 
 
 def _run(
     config: Config,
     workdir: epath.Path,
     mesh: Mesh,
+    limit: int | None,
     checkpoints: checkpoint.Checkpoints,
     termination: runtime.Termination,
     started: float,
 ) -> None:
     start = checkpoints.latest() or 0
+    source = checkpoints.directory / str(start) if start else None
+    if not start and config.init_from:
+        source = checkpoint.newest(config.init_from)
+    if source and config.finetune.classes:
+        config = checkpoint.with_tower_of(config, source)
     if start:
         checkpoints.check_config(config)
+    elif source:
+        checkpoint.check_start(config, source)
     if start == config.total_steps:
-        _log.info("%s: all %d steps of this run are done; nothing to do", workdir, start)
+        extend = "raise config.total_samples" if _extensible(config) else "use another --workdir and config.init_from"
+        _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
         return
     tokenizer = pipeline.make_tokenizer(config, checkpoints.tokenizer())
     batches = iter(
         pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     )
     before = time.perf_counter()
-    remat, program, peak = memory.least_recompute(config, mesh, memory.device_memory())
-    say(f"compiled in {time.perf_counter() - before:.0f} s: remat {remat}, {peak / 2**30:.2f} GiB per device")
+    recorded = checkpoint.read_config(source) if start and source else None
+    config, program, peak = memory.choose(config, mesh, limit, recorded)
+    parts = f"{config.microbatches} microbatches, " if config.microbatches != 1 else ""
+    of = f" of {limit / 2**30:.2f}" if limit else ""
+    say(
+        f"compiled in {time.perf_counter() - before:.0f} s: remat {config.model.remat}, {parts}"
+        f"{peak / 2**30:.2f} GiB{of} per device"
+    )
     # Some processes may have found the program in their cache, and collectives of CPUs wait for 30 s at most.
     runtime.meet("compiled")
     state = _initial_state(config, program, checkpoints, start, batches)
@@ -178,7 +195,8 @@ def _evaluation(
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises UserError where the training or evaluation batch cannot be split evenly over the mesh."""
     shards = sharding.batch_shards(mesh)
-    sizes = {"global_batch_size": (config.global_batch_size, config.microbatches)}
+    microbatches = 1 if config.microbatches == "auto" else config.microbatches
+    sizes = {"global_batch_size": (config.global_batch_size, microbatches)}
     if config.eval.wanted:
         sizes["eval.batch_size"] = (config.eval.batch_size, 1)
     for key, (size, microbatches) in sizes.items():
@@ -209,6 +227,10 @@ def summarise(window: list[Report], workdir: epath.Path) -> dict[str, float]:
             )
     scalars = {name: float(value) for name, value in reports[-1].items()}
     return scalars | {"loss": float(np.mean([report["loss"] for report in reports]))}
+
+
+def _extensible(config: Config) -> bool:
+    return config.optim.schedule == "constant" and not config.optim.cooldown_samples
 
 
 def _due(step: int, every: int) -> bool:
