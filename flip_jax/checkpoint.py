@@ -19,9 +19,10 @@ from flip_jax import config_check
 from flip_jax.config import Config, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, hush_orbax
 
 _log = logging.getLogger(__name__)
+hush_orbax()
 
 RESIZED = ("image.pos_embed", "image.patch_kernel")  # what `read_params` resizes for a model that it starts
 
