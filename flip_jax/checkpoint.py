@@ -21,9 +21,10 @@ from flip_jax import config_check, models
 from flip_jax.config import Config, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, hush_orbax
 
 _log = logging.getLogger(__name__)
+hush_orbax()
 
 LENGTHS = ("total_samples", "optim.cooldown_samples")
 # What fine-tuning takes from the model in `init_from`; the image size is the run's own.

@@ -284,7 +284,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="RECIPE", help="configs/NAME.py[:ARG]; --config.KEY=VALUE changes a setting"
     )
     parser.add_argument(
-        "--topology", required=True, metavar="[SLICES*]GENERATION:SHAPE", help="in chips; or cpu:DEVICES"
+        "--topology", required=True, help="[SLICES*]GENERATION:SHAPE, the shape in chips; or cpu:DEVICES"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
