@@ -12,7 +12,7 @@ from etils import epath
 from helpers import REPO, SIZE, Known, eval_config, picture, run_command, unit, write_samples
 
 from flip_jax import evaluators
-from flip_jax.config import FinetuneConfig
+from flip_jax.config import Config, EvalConfig, FinetuneConfig
 from flip_jax.evaluators import datasets, known
 from flip_jax.runtime import UserError
 
@@ -339,7 +339,7 @@ def test_tasks_that_do_not_suit_the_model_are_refused(classified, evaluator, cla
 LOADED = """
 import sys
 from flip_jax import evaluators
-from flip_jax.config import FinetuneConfig
+from flip_jax.config import Config, EvalConfig, FinetuneConfig
 from flip_jax.config import Config, EvalConfig
 evaluators.check(Config(eval=EvalConfig(every_steps={every_steps}, tasks={tasks})))
 print(*sys.modules)
