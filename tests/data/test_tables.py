@@ -318,4 +318,6 @@ def test_names_with_characters_of_a_glob_are_taken_as_they_are(tmp_path, monkeyp
     }.items():
         assert paths.expand(f"{tmp_path}/{pattern}") == [f"{tmp_path}/{name}" for name in found]
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert paths.expand("~/run [v2]/{a,b}.tar") == [f"{tmp_path}/{name}" for name in names[:2]]
+    assert sources.open_source("webdataset:~/run [v2]/{a,b}.tar", DataConfig()).paths == [
+        f"{tmp_path}/{name}" for name in names[:2]
+    ]
