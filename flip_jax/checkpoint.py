@@ -4,6 +4,8 @@ A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is com
 """
 
 import dataclasses
+import glob
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -92,6 +94,7 @@ class Checkpoints:
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
             for key, saved, ours in _differences(written, config_check.flatten(config))
             if not key.startswith(config_check.RESUMABLE_CHANGES)
+            and not (key == "data.train" and self._knows_data())
             and not (key in LENGTHS and step * config.global_batch_size <= _fixed_samples(written, config))
         ]
         if any(key in difference for key in LENGTHS for difference in differences):
@@ -105,6 +108,11 @@ class Checkpoints:
                 "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)."
                 + remedy
             )
+
+    def _knows_data(self) -> bool:
+        """Tells whether the newest step says which files it was trained on; then `restore` compares those."""
+        states = (self.directory / str(self.latest()) / "data").iterdir()
+        return any("sources" in json.loads(path.read_text()) for path in states if path.name.endswith(".json"))
 
     def wait(self):
         """Returns when all that was started is saved."""
@@ -126,8 +134,14 @@ def _fixed_samples(written: Mapping[str, Any], config: Config) -> int:
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    return path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    """Makes a path absolute. UserError if Orbax, which looks for its files by globs, could not read it back."""
+    path = epath.Path(path).expanduser()
+    path = path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    if glob.has_magic(os.fspath(path)):
+        raise UserError(
+            f"{os.fspath(path)!r}: a checkpoint cannot be read from a path with [, * or ?; use another name"
+        )
+    return path
 
 
 def newest(path: str) -> epath.Path:

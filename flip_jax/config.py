@@ -124,13 +124,16 @@ class DataConfig:
     tfds_dir: str = ""
     vocab: str = ""
     captions: tuple[str, ...] = (
+        "txt",
         "caption",
         "captions",
         "title",
         "text",
+        "comment",
         "captions/text",
-        "txt",
-    )  # the first found
+    )  # the first found; "txt" is also the text file of a webdataset
+    image: str = ""  # column or feature that holds the images; empty: a usual name
+    allow_parent_paths: bool = False  # the paths in a CSV or Parquet file of your own may hold ".."
     shuffle_window: int = 10_000  # records that are held, still encoded, and shuffled
     interleave: int = 8  # shards read in parallel
     threads: int = 0  # decoding threads; 0: one per core

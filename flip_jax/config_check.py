@@ -100,11 +100,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 # What a checkpoint of an earlier version calls a setting, and its name today.
 RENAMED = {"model.temperature": "model.init_logit_scale"}
+OLD_CAPTIONS = ["caption", "captions", "title", "text", "captions/text", "txt"]  # the default of earlier versions
 
 
 def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the settings of an older checkpoint to their names of today."""
     current = {RENAMED.get(key, key): value for key, value in flat.items()}
+    if flat.get("data.captions") == OLD_CAPTIONS:
+        current["data.captions"] = list(Config().data.captions)
     if "model.temperature" in flat:  # values outside of today's range meant its bounds, to which the loss clips
         current["model.init_logit_scale"] = min(max(flat["model.temperature"], 1.0), 100.0)
     return current
