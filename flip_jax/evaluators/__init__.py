@@ -5,14 +5,17 @@ the headline first, and `NEEDS`, its requirements from `needs`. It gets a `datas
 evaluation, which may differ from those that the model was trained with.
 """
 
+import dataclasses
 import difflib
 import importlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flip_jax import runtime
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
@@ -27,6 +30,8 @@ EVALUATORS = {
     "few_shot": "flip_jax.evaluators.few_shot",
     "classify": "flip_jax.evaluators.classify",
 }
+
+_numbers = itertools.count()  # each sum over all processes has a name of its own
 
 
 def tasks(config: Config) -> list[str]:
@@ -61,13 +66,32 @@ def find(task: str, config: Config) -> tuple[Any, "Dataset"]:
 def check(config: Config) -> None:
     """Raises UserError for a task that cannot run, before time is spent on training."""
     for task in tasks(config) if config.eval.every_steps else ():
-        find(task, config)
+        _, dataset = find(task, config)
+        if task.startswith("classify/"):
+            from flip_jax.data import classes
+            from flip_jax.evaluators import datasets
+
+            names = classes.trained(config)
+            datasets.match(datasets.with_classifier_names(dataset, names, config), config)
 
 
 def evaluate(encoder: "Encoder", task: str, config: Config) -> dict[str, float]:
     """Returns {metric: value} of one task, the headline first."""
+    return evaluate_and_count(encoder, task, config)[0]
+
+
+def evaluate_and_count(encoder: "Encoder", task: str, config: Config) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns {metric: value} of one task, and on the first process what became of its images.
+
+    This is {"images": int, "skipped": {reason: int}, "classes_without_images": list[str]}, over all processes.
+    """
     evaluator, dataset = find(task, config)
-    return dict(evaluator.run(encoder, dataset, config))
+    dataset = dataclasses.replace(dataset, seen=type(dataset.seen)())  # `find` gives all calls the same data set
+    results = dict(evaluator.run(encoder, dataset, config))
+    seen = dataset.seen
+    counts = runtime.sum_counts(f"images/{next(_numbers)}", {"images": seen.used, **seen.skipped})
+    images = counts.pop("images", 0)
+    return results, {"images": images, "skipped": counts, "classes_without_images": list(seen.empty)}
 
 
 def means(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
