@@ -80,8 +80,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. The peak learning rate is `base_learning_rate * global_batch_size / 256`."""
+    """The peak learning rate is `base_learning_rate * global_batch_size / 256`."""
 
+    name: str = "adamw"  # or "muon": matrices by Muon, embeddings, biases and norms by AdamW
     base_learning_rate: float = 4e-6
     b1: float = 0.9
     b2: float = 0.95

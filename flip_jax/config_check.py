@@ -133,6 +133,7 @@ _CHOICES = {
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
+    "optim.name": ("adamw", "muon"),
     "optim.mu_dtype": ("bfloat16", "float32"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
