@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import fractions
+import glob
 import os
 import re
 import types
@@ -39,8 +41,54 @@ def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
       UserError: an unknown key, a value of the wrong type, or settings that contradict each other.
     """
     config = _build(Config, values.to_dict() if hasattr(values, "to_dict") else values, "")
+    home = os.path.expanduser  # the shell leaves "~" as it is in --config.KEY=~/PATH
+    data = dataclasses.replace(config.data, vocab=home(config.data.vocab), tfds_dir=home(config.data.tfds_dir))
+    evaluation = dataclasses.replace(config.eval, classnames=home(config.eval.classnames))
+    config = dataclasses.replace(config, init_from=home(config.init_from), data=data, eval=evaluation)
     _check(config)
     return config
+
+
+def integral(text: str) -> str:
+    """Turns 1e6 or 12.8e9, which people write for a number of samples, into digits; other texts stay as they are."""
+    if re.fullmatch(r"[\d._]+[eE]\+?\d+", text):
+        value = fractions.Fraction(text)  # exact, where a float has 16 digits
+        if value.denominator == 1:
+            return str(value.numerator)
+    return text
+
+
+def find_recipe(text: str) -> tuple[str, str]:
+    """Splits "PATH[:ARG]" or "NAME[:ARG]" into the recipe's path and ARG; a name is one of configs/.
+
+    Raises:
+      UserError: there is no such file; the message names the nearest recipe.
+    """
+    path, _, arg = text.partition(":")
+    path = os.path.expanduser(path)
+    named = os.path.join("configs", f"{path.removesuffix('.py')}.py")
+    if os.path.isfile(path) or os.path.isfile(named):
+        return (path if os.path.isfile(path) else named), arg
+    names = [os.path.basename(recipe).removesuffix(".py") for recipe in recipes()]
+    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), names, n=1)
+    hint = f"; did you mean configs/{near[0]}.py?" if near else f"; the recipes are {', '.join(names)} in configs/"
+    raise UserError(f"--config={text}: there is no recipe {path!r}{hint}")
+
+
+def recipes() -> dict[str, str]:
+    """Returns the path of each recipe in configs/, and the first line of its docstring."""
+    paths = (path for path in sorted(glob.glob("configs/*.py")) if os.path.basename(path)[0] != "_")
+    lines = {}
+    for path in paths:
+        if path != os.path.join("configs", "common.py"):
+            with open(path, encoding="utf-8") as file:
+                lines[path] = file.readline().strip('"\n')
+    return lines
+
+
+def run_name(path: str, arg: str) -> str:
+    """Names a run by its recipe and variants: flip_l16_runlocal for configs/flip_l16.py:runlocal,seed=1."""
+    return "_".join([os.path.basename(path).removesuffix(".py"), *(v for v in arg.split(",") if v and "=" not in v)])
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -81,9 +129,13 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 def unknown(key: str) -> str | None:
     """Returns the error text for an unknown key, with the settings that it may mean; None for a known key."""
+    from flip_jax import other_names  # only errors need it
+
     known = flatten(Config())
     if key in known:
         return None
+    if hint := other_names.hint(key):
+        return f"config.{key} is unknown; {hint}"
     alike = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
     near = alike or difflib.get_close_matches(key, [*known, *(name.rpartition(".")[0] for name in known)], n=1)
     hint = " or ".join(f"config.{name}" for name in near)
@@ -112,6 +164,11 @@ def _cast(hint: Any, value: Any, key: str) -> Any:
             if len(items) == len(value):
                 return tuple(_cast(item, v, key) for item, v in zip(items, value, strict=True))
         raise UserError(f"config.{key} must be {hint}, got {value!r}")
+    if isinstance(hint, types.UnionType):  # int | str: a number or "auto"
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if type(value) is int or value == "auto":
+            return value
+        raise UserError(f"config.{key} must be a whole number or 'auto', got {value!r}")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -135,10 +192,11 @@ _CHOICES = {
     "data.resize": ("antialias", "official"),
     "optim.name": ("adamw", "muon"),
     "optim.mu_dtype": ("bfloat16", "float32"),
+    "optim.schedule": ("cosine", "constant"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
 _ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
-_ZERO_OR_MORE = ("model.decoder.weight", "finetune.mixup", "finetune.cutmix")
+_ZERO_OR_MORE = ("optim.learning_rate", "model.decoder.weight", "finetune.mixup", "finetune.cutmix")
 _RANGES = {
     **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
     **dict.fromkeys(_ZERO_OR_MORE, ("be at least 0", lambda x: x >= 0)),
@@ -147,7 +205,14 @@ _RANGES = {
     "finetune.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
     "finetune.label_smoothing": ("be in [0, 1)", lambda x: 0 <= x < 1),
 }
-_AT_LEAST_ZERO = ("warmup_samples", "eval.every_steps", "checkpoint.every_steps", "data.threads", "finetune.classes")
+_AT_LEAST_ZERO = (
+    "warmup_samples",
+    "optim.cooldown_samples",
+    "eval.every_steps",
+    "checkpoint.every_steps",
+    "data.threads",
+    "finetune.classes",
+)
 
 
 def _check(config: Config) -> None:
@@ -200,11 +265,21 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.warmup_samples {config.warmup_samples} must be less than total_samples {config.total_samples}"
         )
+    cooldown = config.optim.cooldown_samples
+    if cooldown and config.optim.schedule != "constant":
+        raise UserError(
+            f"config.optim.cooldown_samples {cooldown} needs config.optim.schedule 'constant', or set it to 0"
+        )
+    if config.warmup_samples + cooldown > config.total_samples:
+        raise UserError(
+            f"config.warmup_samples {config.warmup_samples} and optim.cooldown_samples {cooldown} are more than "
+            f"total_samples {config.total_samples}"
+        )
     for key, low, high in (("crop_area", 0, 1), ("crop_aspect", 0, float("inf"))):
         lo, hi = getattr(data, key)
         if not low < lo <= hi <= high:
             raise UserError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
-    if config.finetune.classes and (image.mask_ratio or config.microbatches > 1):
+    if config.finetune.classes and (image.mask_ratio or config.microbatches not in (1, "auto")):
         raise UserError(
             "config.finetune.classes: fine-tuning sees whole images, a batch at once; set model.image.mask_ratio 0 "
             f"and microbatches 1, got {image.mask_ratio} and {config.microbatches}"
@@ -217,6 +292,32 @@ def _check(config: Config) -> None:
     for template in config.eval.templates:
         if template.count("{}") != 1:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")
+
+
+def _normalised(argument: str) -> str:
+    """Finds the recipe, and writes a value as the settings' own parser takes it: 1e6 as 1000000, a,b as ('a','b')."""
+    name, equals, value = argument.partition("=")
+    key, known = name.lstrip("-").removeprefix("config."), flatten(Config())
+    if name.lstrip("-") == "config" and equals:
+        path, arg = find_recipe(value)
+        return f"{name}={path}:{arg}" if arg else f"{name}={path}"
+    if type(known.get(key)) is int:
+        return f"{name}={integral(value)}" if equals else name
+    if key == "data.captions" and "," in value and value[0] not in "([":
+        return f"{name}={tuple(value.split(','))!r}"
+    return argument
+
+
+def _unknown_option(name: str) -> str:
+    from flip_jax import other_names
+
+    hint = other_names.hint(name)
+    if not hint:
+        settings = {key.rpartition(".")[2]: f"--config.{key}" for key in flatten(Config())}
+        options = {option: f"--{option}" for option in ("workdir", "distributed", "coordinator")}
+        near = difflib.get_close_matches(name.replace("-", "_"), [*options, *settings], n=1)
+        hint = f"did you mean {(settings | options)[near[0]]}?" if near else "settings are given as --config.KEY=VALUE"
+    return f"--{name} is unknown; {hint}"
 
 
 def read_recipe(arguments: Sequence[str]) -> Config:
@@ -236,16 +337,14 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         )
     if "config" not in keys:
         raise UserError("--config=configs/NAME.py is missing; the recipes are in configs/")
-    recipe = re.sub("^.*?=", "", next(argument for argument in arguments if re.match("--?config=", argument)))
-    path = recipe.partition(":")[0]
-    if not os.path.isfile(path):
-        raise UserError(f"--config={recipe}: there is no recipe {path!r}; the recipes are in configs/")
-    argv, values = ["recipe", *arguments], flags.FlagValues()
+    argv, values = ["recipe", *map(_normalised, arguments)], flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)[1:]
         values.config.lock()  # a recipe that could not be read raises at its first use
     except flags.Error as error:
+        if isinstance(error, flags.UnrecognizedFlagError):
+            raise UserError(_unknown_option(error.flagname)) from error
         if "Error whilst parsing config file" not in str(error):
             raise UserError(str(error)) from error
         # ml_collections raises it again with the text of the trace; a refusal is one message, a bug keeps its trace.
@@ -261,5 +360,5 @@ def read_recipe(arguments: Sequence[str]) -> Config:
             raise
         raise UserError(reason) from error
     if rest:
-        raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks needs quotes")
+        raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks, braces or a glob needs quotes")
     return from_config_dict(values.config)

@@ -93,7 +93,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         inputs, loss_and_grads = ("image", "label"), classifier.make_loss_and_grads(graphdef, config.finetune)
         optimizer = classifier.by_layer(optimizer, config)
     else:
-        inputs, loss_and_grads = ("image", "text"), make_loss_and_grads(graphdef, config.microbatches)
+        inputs, loss_and_grads = ("image", "text"), make_loss_and_grads(graphdef, int(config.microbatches))
 
     def init():
         params = nnx.to_pure_dict(nnx.split(build())[1])

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -215,17 +214,13 @@ class Tfds:
         name, _, split = rest.rpartition("/")
         if not name:
             raise UserError("expected tfds:NAME/SPLIT")
-        command, needs = f"tfds build {name} --file_format=array_record", " (which needs TensorFlow)"
-        if re.split("[/:]", name)[0] == "emoji":
-            import flip_jax.data.emoji  # noqa: F401  registers the data set
-
-            command, needs = "python -m flip_jax.data.emoji", ""
         folder = data.tfds_dir or tfds.core.constants.DATA_DIR
+        command = f"tfds build {name} --file_format=array_record --data_dir={folder}"
 
         def refuse(reason):
             return UserError(
                 f"cannot be read from {folder} (config.data.tfds_dir): {reason} "
-                f"Prepare it: `{command} --data_dir={folder}`{needs}"
+                f"Prepare it: `{command}` (which needs TensorFlow)"
             )
 
         def ask_tfds(call: Callable[..., Any], *arguments, **keywords):
@@ -234,7 +229,13 @@ class Tfds:
             except Exception as error:  # TFDS raises many kinds for a data set that is missing or has another format
                 raise refuse(str(error).partition("\n")[0]) from error
 
-        builder = ask_tfds(tfds.builder, name, data_dir=data.tfds_dir or None)
+        own, _, size = name.partition("/")
+        if own == "emoji":
+            from flip_jax.data import emoji
+
+            builder = emoji.prepare(data.tfds_dir, size or "64")
+        else:
+            builder = ask_tfds(tfds.builder, name, data_dir=data.tfds_dir or None)
         if not builder.info.splits:
             raise refuse("it is missing.")
         # Raw bytes: TFDS takes ten times as long to convert what it has parsed to NumPy arrays as to parse it.

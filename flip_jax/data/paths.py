@@ -73,8 +73,11 @@ def _ask_store(call: Callable[..., Any], *arguments, **keywords):
 def expand(pattern: str) -> list[str]:
     """Lists the paths of a pattern with {00000..00127}, {a,b} and globs, in the order of the braces.
 
-    Local files are checked to exist; remote ones that need no glob are not looked up. UserError if any is missing.
+    Local files are checked to exist; remote ones that need no glob are not looked up. UserError if any is missing, or
+    the pattern is a folder.
     """
+    if not is_remote(pattern) and os.path.isdir(pattern):
+        raise UserError(f"{pattern!r} is a folder; a pattern names files, such as {pattern.rstrip('/')}/*.tar")
     # One listing per folder: a lookup per file takes minutes on a mounted bucket.
     present = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     found, missing = [], []

@@ -122,6 +122,15 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
     return captions
 
 
+def problems(config: Config) -> list[str]:
+    """Returns the reason why config.data.train cannot be opened; nothing where it can."""
+    try:
+        _mixture(config)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
 def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer | None:
     """Chooses a run's tokenizer: the `saved` one of its checkpoint, that of `config.data.vocab`, or a new one.
 

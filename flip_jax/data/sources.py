@@ -4,6 +4,7 @@ import collections
 import hashlib
 import importlib
 import itertools
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -57,6 +58,7 @@ def open_source(source: str, data: DataConfig, key: str = "source") -> Any:
     kind, _, rest = source.partition(":")
     if kind not in KINDS or not rest:
         raise UserError(f'{key} must be "KIND:REST" with KIND one of {", ".join(KINDS)}; got {source!r}')
+    rest = os.path.expanduser(rest)  # the shell expands "~" only at the start of a word
     module, _, name = KINDS[kind].partition(":")
     open_kind = getattr(importlib.import_module(module), name)
     try:

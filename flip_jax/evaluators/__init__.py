@@ -7,7 +7,6 @@ evaluation, which may differ from those that the model was trained with.
 
 import difflib
 import importlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,18 @@ EVALUATORS = {
 
 def tasks(config: Config) -> list[str]:
     """Returns config.eval.tasks, with entries "EVALUATOR/DATASET,EVALUATOR/DATASET" split into tasks."""
-    comma = rf",(?=(?:{'|'.join(EVALUATORS)})/)"  # the pattern of a source may have commas of its own
-    return [task for entry in config.eval.tasks for task in re.split(comma, entry)]
+    found = []
+    for entry in config.eval.tasks:
+        begun, *parts = entry.split(",")
+        for part in parts:  # the pattern of a source may have commas of its own, so a task starts at an evaluator
+            name, slash, _ = part.partition("/")
+            if slash and difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0.75):  # mistyped ones, too
+                found.append(begun)
+                begun = part
+            else:
+                begun += f",{part}"
+        found.append(begun)
+    return found
 
 
 def find(task: str, config: Config) -> tuple[Any, "Dataset"]:
@@ -58,10 +67,21 @@ def find(task: str, config: Config) -> tuple[Any, "Dataset"]:
     return evaluator, dataset
 
 
+def problems(config: Config) -> list[str]:
+    """Returns the reason for each task that cannot run."""
+    reasons = []
+    for task in tasks(config):
+        try:
+            find(task, config)
+        except UserError as error:
+            reasons.append(str(error))
+    return reasons
+
+
 def check(config: Config) -> None:
-    """Raises UserError for a task that cannot run, before time is spent on training."""
-    for task in tasks(config) if config.eval.every_steps else ():
-        find(task, config)
+    """Raises UserError that names all tasks that cannot run, before time is spent on training."""
+    if reasons := problems(config):
+        raise UserError("\n".join(reasons))
 
 
 def evaluate(encoder: "Encoder", task: str, config: Config) -> dict[str, float]:

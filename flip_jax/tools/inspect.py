@@ -28,6 +28,7 @@ EXAMPLE = "flip inspect 'webdataset:/data/pairs/{00000..00127}.tar' --out=report
 
 SIZE = 128  # pixels of an image in the grid
 ROWS, COLUMNS = 4, 6
+BINS = 60  # of the histogram, at most
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 CHUNK = 256  # records decoded together
 GRID_FILE = "inspection.png"
@@ -124,7 +125,10 @@ class Summary:
         drawing.grid(images, [self.shown[start : start + COLUMNS] for start in starts], COLUMNS)
         axes = below.subplots()
         lengths = self.counts["caption length"]
-        axes.hist(list(lengths), bins=60, weights=list(lengths.values()))
+        # Bins of equally many whole numbers: otherwise some would hold one length more than their neighbours.
+        step = -(-(max(lengths, default=0) - min(lengths, default=0) + 1) // BINS)
+        edges = np.arange(min(lengths, default=0), max(lengths, default=0) + step + 1, step) - 0.5
+        axes.hist(list(lengths), bins=edges, weights=list(lengths.values()))
         axes.set(xlabel="caption length (characters)", ylabel="captions")
         drawing.save(figure, path)
 

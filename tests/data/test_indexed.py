@@ -171,7 +171,7 @@ def test_tfds_epochs_hold_every_record_once_and_resume_at_every_place(toys):
         ("tfds:toy_pairs/test", "Unknown split"),
         ("tfds:toy_pairs", "config.data.train 'tfds:toy_pairs': expected tfds:NAME/SPLIT"),
         ("tfds:toy_numbers/train", "needs an image, and caption or captions"),
-        ("tfds:emoji/train", "Prepare it: `python -m flip_jax.data.emoji --data_dir="),
+        ("tfds:emoji/100/train", "the emoji are drawn for 64 and 224 px: .*; got emoji/100"),
     ],
 )
 def test_tfds_sets_that_cannot_be_read_are_refused_with_a_remedy(toys, source, message):
