@@ -55,7 +55,15 @@ class Checkpoints:
         """Finds the newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator, tokenizer: Tokenizer | None, config: Config):
+    def save(
+        self,
+        step: int,
+        state: Any,
+        batches: grain.DatasetIterator,
+        tokenizer: Tokenizer | None,
+        config: Config,
+        class_names: tuple[str, ...] = (),
+    ):
         """Starts saving `step`; returns when the arrays may be donated again."""
         self._manager.save(
             step,
@@ -64,6 +72,7 @@ class Checkpoints:
                 data=grain.checkpoint.CheckpointSave(batches),
                 tokenizer=ocp.args.JsonSave(tokenizer.to_json() if tokenizer else {}),
                 config=ocp.args.JsonSave(config_check.flatten(config)),
+                class_names=ocp.args.JsonSave(list(class_names)),
             ),
         )
 
@@ -94,8 +103,8 @@ class Checkpoints:
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
             for key, saved, ours in _differences(written, config_check.flatten(config))
             if not key.startswith(config_check.RESUMABLE_CHANGES)
-            and not (key in LENGTHS and step * config.global_batch_size <= _fixed_samples(written, config))
             and not (key == "data.train" and self._knows_data())
+            and not (key in LENGTHS and step * config.global_batch_size <= _fixed_samples(written, config))
         ]
         if any(key in difference for key in LENGTHS for difference in differences):
             remedy = (
@@ -113,6 +122,18 @@ class Checkpoints:
         """Tells whether the newest step says which files it was trained on; then `restore` compares those."""
         states = (self.directory / str(self.latest()) / "data").iterdir()
         return any("sources" in json.loads(path.read_text()) for path in states if path.name.endswith(".json"))
+
+    def check_class_names(self, names: tuple[str, ...]):
+        """Raises UserError if the labels of the training data meant other classes when the newest step was saved."""
+        saved = read_class_names(self.directory / str(self.latest()))
+        if saved is not None and saved != names:
+            changed = next((i for i, pair in enumerate(zip(saved, names, strict=False)) if pair[0] != pair[1]), None)
+            where = min(len(saved), len(names)) if changed is None else changed
+            raise UserError(
+                f"the classes of config.data.train have changed since {self.directory} was written, first label "
+                f"{where}: {saved[where : where + 1]} then, {names[where : where + 1]} now ({len(saved)} and "
+                f"{len(names)} classes). Restore the class folders, or start a new run with config.init_from"
+            )
 
     def wait(self):
         """Returns when all that was started is saved."""
@@ -209,6 +230,11 @@ def read_tokenizer(step: epath.Path) -> Tokenizer | None:
     """Reads the tokenizer of a step's folder; None for a classifier, which reads no text."""
     content = _read_json(step, "tokenizer")
     return Tokenizer.from_json(content) if content else None
+
+
+def read_class_names(step: epath.Path) -> tuple[str, ...] | None:
+    """Reads the class names of a classifier's labels, () if it was trained on numbers; None in older checkpoints."""
+    return tuple(_read_json(step, "class_names")) if (step / "class_names").exists() else None
 
 
 def _read_json(step: epath.Path, item: str) -> Any:

@@ -80,12 +80,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`.
+    """The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`.
 
     `schedule` "cosine" falls to 0 over the whole run (the paper); "constant" stays at the peak after the warm-up, until
     it falls linearly to 0 over the last `cooldown_samples` (0: never), so a run's length can be changed until then.
     """
 
+    name: str = "adamw"  # or "muon": matrices by Muon, embeddings, biases and norms by AdamW
     base_learning_rate: float = 4e-6
     b1: float = 0.9
     b2: float = 0.95

@@ -173,6 +173,7 @@ _CHOICES = {
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
+    "optim.name": ("adamw", "muon"),
     "optim.mu_dtype": ("bfloat16", "float32"),
     "optim.schedule": ("cosine", "constant"),
     "eval.mask": ("intact", "masked", "ensemble"),

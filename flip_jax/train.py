@@ -80,6 +80,13 @@ def _run(
         _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
         return
     tokenizer = pipeline.make_tokenizer(config, checkpoints.tokenizer())
+    class_names: tuple[str, ...] = ()
+    if config.finetune.classes:
+        from flip_jax.data import classes
+
+        class_names = classes.trained(config)
+    if start:
+        checkpoints.check_class_names(class_names)
     batches = iter(
         pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     )
@@ -100,7 +107,7 @@ def _run(
     metrics.write_parameters(workdir, program.state.params)
     writer = metrics.Writer(workdir, start, config)
     progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
-    evaluate = _evaluation(config, program, tokenizer, mesh, writer) if config.eval.wanted else None
+    evaluate = _evaluation(config, program, tokenizer, class_names, mesh, writer) if config.eval.wanted else None
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
@@ -143,7 +150,7 @@ def _run(
         if evaluating:
             evaluate(state.params, batch, step)
         if save:
-            checkpoints.save(step, state, batches, tokenizer, config)
+            checkpoints.save(step, state, batches, tokenizer, config, class_names)
         progress.exclude(time.perf_counter() - before)
         if stop:
             break
@@ -169,7 +176,12 @@ def _initial_state(config: Config, program: Program, checkpoints: checkpoint.Che
 
 
 def _evaluation(
-    config: Config, program: Program, tokenizer: Tokenizer | None, mesh: Mesh, writer: metrics.Writer
+    config: Config,
+    program: Program,
+    tokenizer: Tokenizer | None,
+    class_names: tuple[str, ...],
+    mesh: Mesh,
+    writer: metrics.Writer,
 ) -> Callable[[Any, dict[str, Any], int], None]:
     """Builds the function that evaluates weights and writes results; a run that never evaluates loads none of this."""
     from flip_jax import evaluators, inference
@@ -181,9 +193,10 @@ def _evaluation(
     def evaluate(params, batch, step):
         nonlocal encoder
         # Later encoders share the programs that the first one compiles.
-        encoder = (
-            encoder.with_params(params) if encoder else inference.Encoder(program.graphdef, params, tokenizer, config)
-        )
+        if encoder:
+            encoder = encoder.with_params(params)
+        else:
+            encoder = inference.Encoder(program.graphdef, params, tokenizer, config, class_names)
         results = dict(evaluators.run(encoder, config))
         writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
         if "text" in batch and (writer.trackers or jax.process_count() > 1):  # all take part, the first one writes

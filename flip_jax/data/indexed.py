@@ -1,5 +1,7 @@
 """Sources read by record number: one folder per class, Karpathy's JSON and TFDS."""
 
+import collections
+import functools
 import json
 import logging
 import os
@@ -7,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flip_jax.config import DataConfig
-from flip_jax.data import paths
+from flip_jax.data import classes, paths
 from flip_jax.data.records import CHUNK, END, IMAGES, Pick, Record, example, example_key, sample
 from flip_jax.runtime import UserError
 
@@ -15,6 +17,8 @@ _log = logging.getLogger(__name__)
 
 MAX_COUNT = 100  # largest label where the label is a number of objects
 CLASS_CAPTION = "a photo of a {}."  # for TFDS data sets without text
+# Files and folders that systems leave among images, in lower case, besides those whose name begins with a dot.
+SYSTEM = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found")
 
 
 class Files:
@@ -45,25 +49,81 @@ class Files:
 
 
 class Folder(Files):
-    """One folder of images per class; the label is the position among the sorted names of the folders."""
+    """One folder of images per class, with any subfolders; or images alone, which then have no label.
+
+    The label is the position among the sorted names of the folders, which are sorted by size if all are numbers.
+    Hidden and system folders, `SYSTEM`, and folders without images are no classes; what is ignored is counted and said.
+    """
 
     def __init__(self, folder: str, data: DataConfig):
         self._data = data
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder; it needs one folder per class")
-        self.class_names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        self._rows = [
-            (os.path.join(folder, name, file), label)
-            for label, name in enumerate(self.class_names)
-            for file in sorted(os.listdir(os.path.join(folder, name)))
-            if file.rpartition(".")[2].lower() in IMAGES
-        ]
+        ignored: dict[str, list[str]] = {}
+        folders, alone = _listed(folder, ignored)
+        found = {name: list(_images_below(os.path.join(folder, name), ignored)) for name in folders}
+        self.empty_classes = classes.in_order(name for name in folders if not found[name])
+        names = classes.in_order(name for name in folders if found[name])
+        self._rows = [(path, label) for label, name in enumerate(names) for path in found[name]]
+        if names:
+            if alone:
+                ignored["images outside the class folders"] = alone
+            self.class_names = [os.fsencode(name).decode(errors="replace") for name in names]
+        else:
+            self._rows = [(os.path.join(folder, name), None) for name in alone]
         if not self._rows:
-            raise UserError(f"{folder} has {len(self.class_names)} folders but no images ({', '.join(IMAGES)})")
+            found_none = f"{folder} has {len(folders)} folders but no images ({', '.join(IMAGES)})"
+            raise UserError(found_none + _said(ignored, "; ignored: "))
+        if self.empty_classes:
+            ignored["folders without images"] = self.empty_classes
+        if ignored:
+            _warn_once(f"{folder}: {len(self._rows)} images in {len(names)} classes; ignored: {_said(ignored)}")
 
     def _row(self, index):
         path, label = self._rows[index]
         return path, [], label
+
+
+def _listed(folder, ignored):
+    """Returns the names of a folder's folders and images, sorted; adds what is neither to `ignored`, by its kind."""
+    folders, images = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        is_folder, extension = entry.is_dir(), os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith(".") or entry.name.lower() in SYSTEM:
+            ignored.setdefault(f"hidden or system {'folders' if is_folder else 'files'}", []).append(entry.name)
+        elif is_folder:
+            folders.append(entry.name)
+        elif extension[1:] in IMAGES:
+            images.append(entry.name)
+        else:
+            ignored.setdefault("other files", []).append(extension or "no extension")
+    return folders, images
+
+
+def _images_below(folder, ignored, above=()):
+    """Yields the paths of the images in a folder, then in its subfolders; a link to a folder above it ends there."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    folders, images = _listed(folder, ignored)
+    yield from (os.path.join(folder, name) for name in images)
+    for name in folders:
+        yield from _images_below(os.path.join(folder, name), ignored, (*above, place))
+
+
+def _said(ignored, before=""):
+    """Formats kinds of ignored entries with their counts, and the most frequent names of each."""
+    counted = [(kind, collections.Counter(names)) for kind, names in ignored.items()]
+    parts = []
+    for kind, names in counted:
+        most = [f"{count} {name}" if count > 1 else name for name, count in names.most_common(classes.SHOWN)]
+        parts.append(f"{names.total()} {kind} ({', '.join(most)}{' ...' if len(names) > classes.SHOWN else ''})")
+    return before + ", ".join(parts) if parts else ""
+
+
+@functools.cache
+def _warn_once(message):
+    _log.warning("%s", message)
 
 
 class Karpathy(Files):
@@ -190,10 +250,11 @@ class Tfds:
             if fields is None:
                 yield {"key": str(index), "epoch": epoch, "bad": "not an Example"}, END
                 continue
-            values = fields.get(self._label, []) if self.class_names else [None]
-            label = len(values) if self._counts else values[0]
+            values = fields.get(self._label, []) if self.class_names else []
+            label = len(values) if self._counts else next(iter(values), None)
             texts = fields.get(self._text) or []
-            if not self._text:
+            # The test splits of some data sets have label -1, which is no class.
+            if not self._text and label is not None and 0 <= label < len(self.class_names):
                 texts = [CLASS_CAPTION.format(self.class_names[label].replace("_", " "))]
-            image = next(iter(fields[self._image]), None)
+            image = next(iter(fields.get(self._image, ())), None)
             yield {"key": example_key(fields, index), "epoch": epoch} | sample(image, [texts], label), END

@@ -188,11 +188,9 @@ def expand(pattern: str) -> list[str]:
     """Lists the paths of a pattern with {00000..00127}, {a,b} and globs, in the order of the braces.
 
     A file or folder whose name has braces, brackets or other such characters itself is taken as it is. Local files are
-    checked to exist; remote ones that need no glob are not looked up. UserError if any is missing, or
-    the pattern is a folder.
+    checked to exist; remote ones that need no glob are not looked up. UserError if any is missing, or the pattern is a
+    folder.
     """
-    if not is_remote(pattern) and os.path.isdir(pattern):
-        raise UserError(f"{pattern!r} is a folder; a pattern names files, such as {pattern.rstrip('/')}/*.tar")
     # One listing per folder: a lookup per file takes minutes on a mounted bucket.
     present = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     found, missing = [], []
@@ -206,6 +204,8 @@ def expand(pattern: str) -> list[str]:
             paths = sorted(glob.glob(_literal_folders(part))) if glob.has_magic(part) else []
         found += paths or [part]
         missing += [] if paths else [part]
+    if len(parts) == 1 and os.path.isdir(parts[0]):
+        raise UserError(f"{parts[0]!r} is a folder; a pattern names files, such as {parts[0].rstrip('/')}/*.tar")
     if missing:
         raise UserError(
             f"{len(missing)} of {len(found)} shards are missing, first {missing[0]!r}; a pattern is local or remote "

@@ -45,7 +45,7 @@ def train_dataset(
       UserError: settings that do not fit; on iteration, too many bad records.
     """
     rows = _share("config.global_batch_size", config.global_batch_size, process_count)
-    mixture = _mixture(config)
+    mixture = open_mixture(config)
     for _, source in mixture:
         if (columns := getattr(source, "without_captions", "")) and not config.finetune.classes:
             raise UserError(
@@ -61,7 +61,7 @@ def train_dataset(
     return _Batches(config, _make_target(config, tokenizer), mixture, schedules, rows, identity)
 
 
-def _mixture(config):
+def open_mixture(config: Config) -> list[tuple[float, Any]]:
     """Opens the sources of config.data.train, "WEIGHT*KIND:REST;WEIGHT*KIND:REST", each with its weight."""
     mixture = []
     for entry in _ENTRIES.split(config.data.train):
@@ -84,9 +84,10 @@ def _described(config, mixture):
 def eval_dataset(source: str, config: Config, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
     """Reads a source once, in order: this process's rows of batches of config.eval.batch_size.
 
-    Each is {"image": uint8 [b, S, S, 3], "label": int32 [b], -1 for none, "keys": list[str], "mask": bool [b]} and,
-    with text, "texts": the captions of each row. `mask` is False for an image that cannot be used, and for the rows
-    that pad the last batch (key ""). All processes get the same number of batches.
+    Each is {"image": uint8 [b, S, S, 3], "label": int32 [b], -1 for none, "keys": list[str], "mask": bool [b], "bad":
+    list[str]} and, with text, "texts": the captions of each row. `mask` is False for an image that cannot be used, of
+    which "bad" has the kind, and for the rows that pad the last batch (key ""). All processes get the same number of
+    batches.
 
     Raises:
       UserError: the source cannot be read, or the batch does not divide by the number of processes.
@@ -101,9 +102,9 @@ def _eval_batches(source, rows, config, with_text):
 
     def decode(record):
         try:
-            return transforms.decode(record["image"], size, config.data) if "image" in record else None
-        except transforms.BadImage:
-            return None
+            return transforms.decode(record["image"], size, config.data) if "image" in record else record.get("bad", "")
+        except transforms.BadImage as error:
+            return str(error)
 
     records = sources.in_order(source, iter(range(len(source))))
     with ThreadPoolExecutor(_threads(config), "flip_jax-eval") as pool:
@@ -114,10 +115,11 @@ def _eval_batches(source, rows, config, with_text):
             images = list(pool.map(decode, chunk))
             labels = [record.get("label") for record in chunk]
             batch = {
-                "image": np.stack([black if image is None else image for image in images]),
+                "image": np.stack([black if isinstance(image, str) else image for image in images]),
                 "label": np.array([-1 if label is None else label for label in labels], np.int32),
                 "keys": [record["key"] for record in chunk],
-                "mask": np.array([image is not None for image in images]),
+                "mask": np.array([not isinstance(image, str) for image in images]),
+                "bad": [image if isinstance(image, str) else "" for image in images],
             }
             yield batch | ({"texts": [_captions(source, record) for record in chunk]} if with_text else {})
 
@@ -132,7 +134,7 @@ def _captions(source, record):
 
 def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
     """Reads at most `limit` captions of the training data to learn a vocabulary from, the same in every process."""
-    mixture, captions = _mixture(config), []
+    mixture, captions = open_mixture(config), []
     for _, source in mixture:
         schedule = sources.Schedule(len(source), config.seed)
         records = sources.in_order(source, (schedule[i][0] for i in range(len(source))))
@@ -144,7 +146,7 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
 def problems(config: Config) -> list[str]:
     """Returns the reason why config.data.train cannot be opened; nothing where it can."""
     try:
-        _mixture(config)
+        open_mixture(config)
     except UserError as error:
         return [str(error)]
     return []
@@ -317,8 +319,8 @@ def _make_target(config, tokenizer):
     def labels(record):
         if record["label"] is None:
             raise BadRecord("no label")
-        if record["label"] >= classes:
-            raise BadRecord(f"label above {classes - 1}")
+        if not 0 <= record["label"] < classes:
+            raise BadRecord("label below 0" if record["label"] < 0 else f"label above {classes - 1}")
         return [record["label"]]
 
     if classes:

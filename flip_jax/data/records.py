@@ -16,7 +16,8 @@ Pick = tuple[int, int]  # index of a shard or record, epoch
 
 CHUNK = 64  # records handed from thread to thread at once
 END = -1  # in place of an offset: the shard has no more records
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif")
+# Extensions of what `transforms.FORMATS` decodes, the one list of them.
+IMAGES = tuple("jpg jpeg png webp gif avif bmp tif tiff jfif jpe ppm pgm pbm pnm apng mpo".split())
 MAX_IMAGE, MAX_TEXT = 2**28, 2**20  # bytes
 
 

@@ -111,7 +111,7 @@ def embed(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[np.ndarra
       UserError: no usable image has a caption.
     """
     images, captions = [], []
-    for batch in datasets.batches(dataset.test, config, with_text=True):
+    for batch in datasets.batches(dataset.test, config, with_text=True, seen=dataset.seen):
         embedded = multihost_utils.process_allgather(encoder.encode_image(batch["image"], config.eval.mask), tiled=True)
         own = [texts if real else None for texts, real in zip(batch["texts"], batch["mask"], strict=True)]
         rows = [texts for process in _from_all(own) for texts in process]
