@@ -9,6 +9,7 @@ from typing import Any
 from flip_jax.data import paths
 from flip_jax.runtime import UserError
 
+MEASURED = 1000  # local files, of which all sizes are compared; a mounted bucket answers for each with a delay
 LOOKED_AT = 16  # files of a source, spread evenly over its list
 PART = 2**16  # bytes at the start and at the end of each
 
@@ -16,13 +17,16 @@ PART = 2**16  # bytes at the start and at the end of each
 def of(files: Sequence[str]) -> dict[str, Any]:
     """Returns the number of files, a hash of their names, and for some of them name, size and a hash of both ends.
 
-    A file that cannot be read now has no size and no hash. UserError if none of several can be read.
+    "bytes" is the size of all files, None where they are remote or more than `MEASURED`. A file that cannot be read now
+    has no size and no hash. UserError if none of several can be read.
     """
     names = "\n".join(map(os.path.basename, files))
     count = min(LOOKED_AT, len(files))
     chosen = [files[i * (len(files) - 1) // max(1, count - 1)] for i in range(count)]
     with ThreadPoolExecutor(LOOKED_AT, "flip_jax-look") as pool:
         looked_at = list(pool.map(_look, chosen))
+        known = len(files) <= MEASURED and all(map(os.path.isfile, files))
+        size = sum(pool.map(os.path.getsize, files)) if known else None
     if looked_at and all(isinstance(found, OSError) for found in looked_at):
         raise UserError(f"config.data.train: {chosen[0]} cannot be read: {paths.remedy(looked_at[0])}")
     some = [
@@ -32,6 +36,7 @@ def of(files: Sequence[str]) -> dict[str, Any]:
     return {
         "files": len(files),
         "names": hashlib.blake2b(names.encode(errors="replace"), digest_size=8).hexdigest(),
+        "bytes": size,
         "some": some,
     }
 
@@ -39,7 +44,7 @@ def of(files: Sequence[str]) -> dict[str, Any]:
 def _look(path):
     """Returns the size of a file and a hash of its ends, or the error."""
     try:
-        with paths.open_file(path) as file:
+        with paths.open_file(path, PART) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             head = file.read(PART)
@@ -68,6 +73,8 @@ def compare(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
                 problems.append(f"{name}: {size:,} bytes, now {our_size:,}")
             elif None not in (digest, our_digest) and digest != our_digest:
                 problems.append(f"{name}: other content of the same size")
+        if None not in (then.get("bytes"), now.get("bytes")) and then["bytes"] != now["bytes"] and not problems:
+            problems.append(f"source {number}: {then['bytes']:,} bytes in all, now {now['bytes']:,}")
         if then.get("names") != now.get("names") and not problems:
             problems.append(f"source {number}: other file names, or in another order")
     if problems:

@@ -38,12 +38,15 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def open_file(path: str) -> BinaryIO:
-    """Opens a buffered, seekable binary file. Opening it and reading from it raise no errors but OSError."""
+def open_file(path: str, block: int = BLOCK) -> BinaryIO:
+    """Opens a buffered, seekable binary file; a remote store is asked for `block` bytes at a time.
+
+    Opening it and reading from it raise no errors but OSError.
+    """
     if not is_remote(path):
         return open(path, "rb", buffering=BUFFER)
     filesystem, name = _ask(fsspec.url_to_fs, path)
-    file = _ask(filesystem.open, name, "rb", block_size=BLOCK, cache_type="readahead")
+    file = _ask(filesystem.open, name, "rb", block_size=block, cache_type="readahead")
     return io.BufferedReader(_RemoteFile(file), BUFFER)
 
 

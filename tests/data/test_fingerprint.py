@@ -93,6 +93,17 @@ def test_of_many_files_some_are_looked_at(folder):
     assert missing[2] == ["2.tar", None, None] and None not in missing[0]
 
 
+def test_the_size_of_files_that_are_not_looked_at_counts(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02}.tar").write_bytes(b"x" * 1024)
+    files = sorted(map(str, tmp_path.iterdir()))
+    then = fingerprint.of(files)
+    assert then["bytes"] == 40 * 1024 and "01.tar" not in [name for name, _, _ in then["some"]]
+    (tmp_path / "01.tar").write_bytes(b"x" * 1025)
+    with pytest.raises(UserError, match="source 1: 40,960 bytes in all, now 40,961"):
+        fingerprint.compare([then], [fingerprint.of(files)])
+
+
 def test_data_that_cannot_be_read_is_one_line_at_start(folder, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError("Anonymous caller does not have storage.objects.get access: 401")
