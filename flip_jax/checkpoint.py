@@ -6,6 +6,8 @@ A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is com
 import dataclasses
 import logging
 import os
+import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +23,7 @@ from flip_jax import config_check, models
 from flip_jax.config import Config, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
-from flip_jax.runtime import UserError, hush_orbax
+from flip_jax.runtime import UserError, hush_orbax, say
 
 _log = logging.getLogger(__name__)
 hush_orbax()
@@ -48,6 +50,7 @@ class Checkpoints:
             max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=processes
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._saving: tuple[int, float] | None = None  # the step, and when its save began
 
     def latest(self) -> int | None:
         """Finds the newest complete step, or None."""
@@ -55,6 +58,9 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator, tokenizer: Tokenizer | None, config: Config):
         """Starts saving `step`; returns when the arrays may be donated again."""
+        self.wait()
+        say(f"saving step {step} ...")
+        self._saving = step, time.perf_counter()
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -106,12 +112,24 @@ class Checkpoints:
                 + remedy
             )
 
+    def say_saved(self):
+        """Says so if the save in progress is complete; does not wait for it."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self):
         """Returns when all that was started is saved."""
-        self._manager.wait_until_finished()
+        self._manager.wait_until_finished()  # raises the error of a save that failed
+        if self._saving:
+            (step, begun), self._saving = self._saving, None
+            folder = pathlib.Path(self.directory / str(step))
+            # Listing a bucket would take seconds.
+            size = 0 if "://" in os.fspath(self.directory) else sum(file.stat().st_size for file in folder.rglob("*"))
+            say(f"saved step {step} ({f'{size / 1e9:.3g} GB, ' if size else ''}{time.perf_counter() - begun:.0f} s)")
 
     def close(self):
         """Waits, and ends the threads."""
+        self.wait()
         # Orbax 0.12's own close leaves the thread that removes interrupted saves, which then fails as Python exits.
         self._manager._maybe_await_cleanup_tmp_directory()
         self._manager.close()

@@ -31,5 +31,5 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
     if not hits[2].sum():
         raise UserError(f"{dataset.name}: none of the images of {dataset.test!r} can be used")
     values = zeroshot.accuracies(hits, dataset.metric)
-    say(f"{dataset.name}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %")
+    say(f"{datasets.shortened(dataset.name)}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %")
     yield from values.items()

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from flip_jax import checkpoint, config_check, evaluators, inference, runtime, sharding
 from flip_jax.config import Config
-from flip_jax.evaluators import known
+from flip_jax.evaluators import datasets, known
 from flip_jax.runtime import UserError
 from flip_jax.tools import options
 
@@ -61,7 +61,7 @@ def evaluate(encoder: inference.Encoder, config: Config) -> tuple[dict[str, dict
             errors[task] = str(error)
             _say(f"failed: {task}: {error}", sys.stderr)
         else:
-            _say(f"{task}: {time.perf_counter() - start:,.0f} s", sys.stderr)
+            _say(f"{datasets.shortened(task)}: {time.perf_counter() - start:,.0f} s", sys.stderr)
     return results, errors
 
 
@@ -72,10 +72,12 @@ def table(results: Results) -> str:
         tasks = {task.partition("/")[2]: metrics for task, metrics in results.items() if task.startswith(f"{name}/")}
         columns = sorted({metric for metrics in tasks.values() for metric in metrics}, key=_natural)
         rows = [[name, *columns]]
+        short = {task: datasets.shortened(task) for task in tasks}
+        short = short if len(set(short.values())) == len(short) else dict(zip(tasks, tasks, strict=True))
         for task, metrics in tasks.items():
             headline = next(iter(metrics))
             cells = (f"{metrics[c]:.2f}{'*' if c == headline else ' '}" if c in metrics else "" for c in columns)
-            rows.append([task, *cells])
+            rows.append([short[task], *cells])
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
         lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
         blocks.append("\n".join([*map(str.rstrip, lines), f"mean of *: {means[f'{name}/mean']:.2f}"]))
@@ -94,7 +96,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
     for name, mean in evaluators.means(results).items():
         prefix = name.removesuffix("mean")
         headlines = {task: next(iter(metrics.values())) for task, metrics in results.items() if task.startswith(prefix)}
-        bars = axes.barh(list(headlines), list(headlines.values()), label=f"{name} {mean:.1f}")
+        bars = axes.barh(list(map(datasets.shortened, headlines)), list(headlines.values()), label=f"{name} {mean:.1f}")
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     axes.set(xlim=(0, 105), xlabel="headline metric (%)")
     axes.tick_params("y", labelsize=8)
