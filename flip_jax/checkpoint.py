@@ -60,7 +60,7 @@ class Checkpoints:
         """Starts saving `step`; returns when the arrays may be donated again."""
         self.wait()
         say(f"saving step {step} ...")
-        self._saving = step, time.perf_counter()
+        begun = time.perf_counter()
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -70,6 +70,7 @@ class Checkpoints:
                 config=ocp.args.JsonSave(config_check.flatten(config)),
             ),
         )
+        self._saving = step, begun
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> Any:
         """Reads the newest step's state, laid out as the abstract `state`, and moves `batches` to its position."""
@@ -119,6 +120,8 @@ class Checkpoints:
 
     def wait(self):
         """Returns when all that was started is saved."""
+        while self._saving and self._manager.is_saving_in_progress():
+            time.sleep(0.05)  # Ctrl-C here lets the save end; within a join Python 3.11 takes the thread for ended
         self._manager.wait_until_finished()  # raises the error of a save that failed
         if self._saving:
             (step, begun), self._saving = self._saving, None
