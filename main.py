@@ -9,16 +9,12 @@ import argparse
 import faulthandler
 import logging
 import os
-import pathlib
-import statistics
 import sys
 
 from flip_jax import runtime
 
 try:
-    from etils import epath
-
-    from flip_jax import config_check, metrics, train
+    from flip_jax import config_check, train
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     runtime.leave(130)
@@ -53,7 +49,9 @@ def main(own: argparse.Namespace, settings: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("flip_jax").setLevel(logging.INFO)
     if not own.config:
-        lines = "\n".join(f"  {path:24}{line}" for path, line in config_check.recipes().items())
+        from flip_jax import did_you_mean
+
+        lines = "\n".join(f"  {path:24}{line}" for path, line in did_you_mean.recipes().items())
         missing = f"--config=configs/NAME.py is missing. The recipes:\n{lines}"
         raise runtime.UserError(f"{missing}\n{TRY.format('configs/flip_b16.py')}")
     config = config_check.read_recipe(settings)
@@ -68,21 +66,9 @@ def main(own: argparse.Namespace, settings: list[str]) -> None:
     runtime.say(f"{path}{':' if variants else ''}{variants} -> {workdir}")
     train.train(config, workdir, STARTED)
     if "runlocal" in variants.split(",") and runtime.is_alone():
-        _report(workdir, path)
+        from flip_jax.tools import report
 
-
-def _report(workdir: str, recipe: str) -> None:
-    """Draws the run's report, and says how long the whole recipe would take on this machine."""
-    from flip_jax.tools import report
-
-    report.report(pathlib.Path(workdir), [])
-    rates = [line["images_per_second"] for line in metrics.read_metrics(epath.Path(workdir))]
-    rate = statistics.median(rates)
-    whole = config_check.read_recipe([f"--config={recipe}"]).total_samples
-    days = whole / rate / 86_400
-    size, unit = (365, "years") if days > 365 else (1, "days") if days > 1 else (1 / 24, "hours")
-    length = f"{days / size:,.1f} {unit}"
-    print(f"{rate:,.1f} images/s here; the whole recipe, {whole:,} samples, would take {length} on this machine")
+        report.local(workdir, config_check.read_recipe([f"--config={path}"]))
 
 
 if __name__ == "__main__":

@@ -57,19 +57,19 @@ def laion2b(config: ConfigDict) -> None:
 
 
 def runlocal(config: ConfigDict) -> None:
-    """Sets a short run of the recipe's very model on any machine: 30 steps of 16 of the embedded emoji."""
+    """Sets a short run of the recipe's very model on any machine: 20 steps of 16 of the embedded emoji."""
     size = 64 if config.model.image.image_size <= 64 else 224
     config.data.train = f"tfds:emoji/{size}/train"
     config.init_from = ""
     config.global_batch_size = 16
     config.microbatches = 1
     config.mesh.fsdp = config.mesh.tensor = 1
-    config.total_samples = 30 * 16
+    config.total_samples = 20 * 16
     config.warmup_samples = 5 * 16
     config.optim.learning_rate = 2e-4
     config.eval.tasks = ()
     config.eval.every_steps = config.checkpoint.every_steps = 0
-    config.log.every_steps = 3
+    config.log.every_steps = 2
     if config.finetune.classes:
         config.finetune.classes = 1890
 

@@ -4,6 +4,8 @@ A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is com
 """
 
 import dataclasses
+import glob
+import json
 import logging
 import os
 import pathlib
@@ -56,7 +58,15 @@ class Checkpoints:
         """Finds the newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator, tokenizer: Tokenizer | None, config: Config):
+    def save(
+        self,
+        step: int,
+        state: Any,
+        batches: grain.DatasetIterator,
+        tokenizer: Tokenizer | None,
+        config: Config,
+        class_names: tuple[str, ...] = (),
+    ):
         """Starts saving `step`; returns when the arrays may be donated again."""
         self.wait()
         say(f"saving step {step} ...")
@@ -68,6 +78,7 @@ class Checkpoints:
                 data=grain.checkpoint.CheckpointSave(batches),
                 tokenizer=ocp.args.JsonSave(tokenizer.to_json() if tokenizer else {}),
                 config=ocp.args.JsonSave(config_check.flatten(config)),
+                class_names=ocp.args.JsonSave(list(class_names)),
             ),
         )
         self._saving = step, begun
@@ -99,6 +110,7 @@ class Checkpoints:
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
             for key, saved, ours in _differences(written, config_check.flatten(config))
             if not key.startswith(config_check.RESUMABLE_CHANGES)
+            and not (key == "data.train" and self._knows_data())
             and not (key in LENGTHS and step * config.global_batch_size <= _fixed_samples(written, config))
         ]
         if any(key in difference for key in LENGTHS for difference in differences):
@@ -117,6 +129,23 @@ class Checkpoints:
         """Says so if the save in progress is complete; does not wait for it."""
         if self._saving and not self._manager.is_saving_in_progress():
             self.wait()
+
+    def _knows_data(self) -> bool:
+        """Tells whether the newest step says which files it was trained on; then `restore` compares those."""
+        states = (self.directory / str(self.latest()) / "data").iterdir()
+        return any("sources" in json.loads(path.read_text()) for path in states if path.name.endswith(".json"))
+
+    def check_class_names(self, names: tuple[str, ...]):
+        """Raises UserError if the labels of the training data meant other classes when the newest step was saved."""
+        saved = read_class_names(self.directory / str(self.latest()))
+        if saved is not None and saved != names:
+            changed = next((i for i, pair in enumerate(zip(saved, names, strict=False)) if pair[0] != pair[1]), None)
+            where = min(len(saved), len(names)) if changed is None else changed
+            raise UserError(
+                f"the classes of config.data.train have changed since {self.directory} was written, first label "
+                f"{where}: {saved[where : where + 1]} then, {names[where : where + 1]} now ({len(saved)} and "
+                f"{len(names)} classes). Restore the class folders, or start a new run with config.init_from"
+            )
 
     def wait(self):
         """Returns when all that was started is saved."""
@@ -147,8 +176,14 @@ def _fixed_samples(written: Mapping[str, Any], config: Config) -> int:
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    return path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    """Makes a path absolute. UserError if Orbax, which looks for its files by globs, could not read it back."""
+    path = epath.Path(path).expanduser()
+    path = path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    if glob.has_magic(os.fspath(path)):
+        raise UserError(
+            f"{os.fspath(path)!r}: a checkpoint cannot be read from a path with [, * or ?; use another name"
+        )
+    return path
 
 
 def newest(path: str) -> epath.Path:
@@ -216,6 +251,11 @@ def read_tokenizer(step: epath.Path) -> Tokenizer | None:
     """Reads the tokenizer of a step's folder; None for a classifier, which reads no text."""
     content = _read_json(step, "tokenizer")
     return Tokenizer.from_json(content) if content else None
+
+
+def read_class_names(step: epath.Path) -> tuple[str, ...] | None:
+    """Reads the class names of a classifier's labels, () if it was trained on numbers; None in older checkpoints."""
+    return tuple(_read_json(step, "class_names")) if (step / "class_names").exists() else None
 
 
 def _read_json(step: epath.Path, item: str) -> Any:

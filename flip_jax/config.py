@@ -80,12 +80,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`.
+    """The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`.
 
     `schedule` "cosine" falls to 0 over the whole run (the paper); "constant" stays at the peak after the warm-up, until
     it falls linearly to 0 over the last `cooldown_samples` (0: never), so a run's length can be changed until then.
     """
 
+    name: str = "adamw"  # or "muon": matrices by Muon, embeddings, biases and norms by AdamW
     base_learning_rate: float = 4e-6
     b1: float = 0.9
     b2: float = 0.95
@@ -124,13 +125,16 @@ class DataConfig:
     tfds_dir: str = ""
     vocab: str = ""
     captions: tuple[str, ...] = (
+        "txt",
         "caption",
         "captions",
         "title",
         "text",
+        "comment",
         "captions/text",
-        "txt",
-    )  # the first found
+    )  # the first found; "txt" is also the text file of a webdataset
+    image: str = ""  # column or feature that holds the images; empty: a usual name
+    allow_parent_paths: bool = False  # the paths in a CSV or Parquet file of your own may hold ".."
     shuffle_window: int = 10_000  # records that are held, still encoded, and shuffled
     interleave: int = 8  # shards read in parallel
     threads: int = 0  # decoding threads; 0: one per core

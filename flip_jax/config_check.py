@@ -1,9 +1,7 @@
 """Turns a recipe and the command line into a checked `Config`, or refuses them with the remedy."""
 
 import dataclasses
-import difflib
 import fractions
-import glob
 import os
 import re
 import types
@@ -58,6 +56,17 @@ def integral(text: str) -> str:
     return text
 
 
+def unknown(key: str) -> str | None:
+    """Returns the error text for an unknown key; None for a known one."""
+    return None if key in flatten(Config()) else f"config.{key} is unknown{_did_you_mean().setting(key)}"
+
+
+def _did_you_mean() -> types.ModuleType:
+    from flip_jax import did_you_mean  # only errors need it
+
+    return did_you_mean
+
+
 def find_recipe(text: str) -> tuple[str, str]:
     """Splits "PATH[:ARG]" or "NAME[:ARG]" into the recipe's path and ARG; a name is one of configs/.
 
@@ -69,21 +78,7 @@ def find_recipe(text: str) -> tuple[str, str]:
     named = os.path.join("configs", f"{path.removesuffix('.py')}.py")
     if os.path.isfile(path) or os.path.isfile(named):
         return (path if os.path.isfile(path) else named), arg
-    names = [os.path.basename(recipe).removesuffix(".py") for recipe in recipes()]
-    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), names, n=1)
-    hint = f"; did you mean configs/{near[0]}.py?" if near else f"; the recipes are {', '.join(names)} in configs/"
-    raise UserError(f"--config={text}: there is no recipe {path!r}{hint}")
-
-
-def recipes() -> dict[str, str]:
-    """Returns the path of each recipe in configs/, and the first line of its docstring."""
-    paths = (path for path in sorted(glob.glob("configs/*.py")) if os.path.basename(path)[0] != "_")
-    lines = {}
-    for path in paths:
-        if path != os.path.join("configs", "common.py"):
-            with open(path, encoding="utf-8") as file:
-                lines[path] = file.readline().strip('"\n')
-    return lines
+    raise UserError(f"--config={text}: there is no recipe {path!r}; {_did_you_mean().recipe(path)}")
 
 
 def run_name(path: str, arg: str) -> str:
@@ -105,11 +100,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 # What a checkpoint of an earlier version calls a setting, and its name today.
 RENAMED = {"model.temperature": "model.init_logit_scale"}
+OLD_CAPTIONS = ["caption", "captions", "title", "text", "captions/text", "txt"]  # the default of earlier versions
 
 
 def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the settings of an older checkpoint to their names of today."""
     current = {RENAMED.get(key, key): value for key, value in flat.items()}
+    if flat.get("data.captions") == OLD_CAPTIONS:
+        current["data.captions"] = list(Config().data.captions)
     if "model.temperature" in flat:  # values outside of today's range meant its bounds, to which the loss clips
         current["model.init_logit_scale"] = min(max(flat["model.temperature"], 1.0), 100.0)
     return current
@@ -125,21 +123,6 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
             node = node.setdefault(group, {})
         node[leaf] = value
     return from_config_dict(nested)
-
-
-def unknown(key: str) -> str | None:
-    """Returns the error text for an unknown key, with the settings that it may mean; None for a known key."""
-    from flip_jax import other_names  # only errors need it
-
-    known = flatten(Config())
-    if key in known:
-        return None
-    if hint := other_names.hint(key):
-        return f"config.{key} is unknown; {hint}"
-    alike = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
-    near = alike or difflib.get_close_matches(key, [*known, *(name.rpartition(".")[0] for name in known)], n=1)
-    hint = " or ".join(f"config.{name}" for name in near)
-    return f"config.{key} is unknown" + (f"; did you mean {hint}?" if hint else "")
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -190,6 +173,7 @@ _CHOICES = {
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
+    "optim.name": ("adamw", "muon"),
     "optim.mu_dtype": ("bfloat16", "float32"),
     "optim.schedule": ("cosine", "constant"),
     "eval.mask": ("intact", "masked", "ensemble"),
@@ -307,18 +291,6 @@ def _normalised(argument: str) -> str:
     return argument
 
 
-def _unknown_option(name: str) -> str:
-    from flip_jax import other_names
-
-    hint = other_names.hint(name)
-    if not hint:
-        settings = {key.rpartition(".")[2]: f"--config.{key}" for key in flatten(Config())}
-        options = {option: f"--{option}" for option in ("workdir", "distributed", "coordinator")}
-        near = difflib.get_close_matches(name.replace("-", "_"), [*options, *settings], n=1)
-        hint = f"did you mean {(settings | options)[near[0]]}?" if near else "settings are given as --config.KEY=VALUE"
-    return f"--{name} is unknown; {hint}"
-
-
 def read_recipe(arguments: Sequence[str]) -> Config:
     """Reads "--config=configs/NAME.py[:ARG]" and any "--config.KEY=VALUE" into a checked `Config`.
 
@@ -343,7 +315,7 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         values.config.lock()  # a recipe that could not be read raises at its first use
     except flags.Error as error:
         if isinstance(error, flags.UnrecognizedFlagError):
-            raise UserError(_unknown_option(error.flagname)) from error
+            raise UserError(f"--{error.flagname} is unknown; {_did_you_mean().option(error.flagname)}") from error
         if "Error whilst parsing config file" not in str(error):
             raise UserError(str(error)) from error
         # ml_collections raises it again with the text of the trace; a refusal is one message, a bug keeps its trace.

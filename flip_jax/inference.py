@@ -22,8 +22,16 @@ from flip_jax.models.flip import FLIP, normalise
 class Encoder:
     """Both towers of one model with its weights, tokenizer and config; nothing of it changes later."""
 
-    def __init__(self, graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer | None, config: Config):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Any,
+        tokenizer: Tokenizer | None,
+        config: Config,
+        class_names: tuple[str, ...] | None = None,
+    ):
         self.params, self.tokenizer, self.config = params, tokenizer, config
+        self.class_names = class_names  # of a classifier; () if it was trained on numbers, None if that is unknown
         self.mesh = jax.sharding.get_mesh()
         whole = jax.sharding.NamedSharding(self.mesh, PartitionSpec())
 
@@ -105,4 +113,4 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))
     params = checkpoint.read_params(step, sharding.place(abstract, mesh))
     with jax.set_mesh(mesh):
-        return Encoder(graphdef, params, checkpoint.read_tokenizer(step), config)
+        return Encoder(graphdef, params, checkpoint.read_tokenizer(step), config, checkpoint.read_class_names(step))

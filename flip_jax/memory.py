@@ -6,7 +6,7 @@ import pathlib
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ from flip_jax.train_step import Program
 GIB = 2**30
 ON_ACCELERATORS = REMAT[1:]  # the policies that "auto" tries there
 SPARE = 0.1  # the share of a device's memory that "auto" leaves free
-MOST_SAVED = 16  # no policy shrinks what a step holds beside its arguments by more; 11 was measured ("full", B/16)
 RECORD = 64 * 1024  # bytes of an encoded record in the shuffle window, a generous mean
 # The compiler's refusal of a program that does not fit, in the words of its early and its late passes.
 _REFUSAL = re.compile(r"(?:Used |\()([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G")
@@ -88,43 +87,30 @@ def search(config: Config, mesh: Mesh, limit: int | None, attempt: Callable[[Con
 
     Every policy comes before a second microbatch: microbatches encode twice, which costs a third more, and recomputing
     everything a quarter (docs/scale.md). With microbatches their number costs little, so the policy that recomputes
-    least is tried first. What a step needs is a constant plus a share of 1 / microbatches, which two programs tell.
+    least is tried first.
     """
-    names = policies(config, limit, mesh.devices.flat[0].platform == "cpu")
-    counts = part_counts(config, mesh)
-    trials: dict[str, list[Trial]] = {name: [] for name in names}
-
-    def run(name, count):
-        trials[name].append(attempt(resolved(config, name, count)))
-        return trials[name][-1]
-
+    names, counts = policies(config, limit, _on_cpu(mesh)), part_counts(config, mesh)
+    trials = {}
     for name in names:
-        first = run(name, counts[0])
-        yield first
-        known = limit and not math.isinf(first.needed)
-        if known and first.needed - first.arguments > MOST_SAVED * max((1 - SPARE) * limit - first.arguments, 0):
-            break  # hopeless without microbatches, so compiling more would waste minutes
-    count = counts[0]
-    for name in dict.fromkeys((names[0], names[-1])) if limit and len(counts) > 1 else ():
-        if not trials[name]:
-            yield run(name, count)
-        while following := _next_count(counts, trials[name], (1 - SPARE) * limit):
-            count = following
-            yield run(name, count)
+        trials[name] = [attempt(resolved(config, name, counts[0]))]
+        yield trials[name][0]
+    for name in dict.fromkeys((names[0], names[-1])) if limit else ():
+        while count := _next_count(counts, trials[name], (1 - SPARE) * limit):
+            trials[name].append(attempt(resolved(config, name, count)))
+            yield trials[name][-1]
 
 
 def _next_count(counts: list[int], trials: list[Trial], room: float) -> int | None:
     """Finds the least number of microbatches that should fit into `room` bytes, by the last one or two trials."""
-    last = trials[-1]
-    if math.isinf(last.needed):
-        return next((count for count in counts if count >= 4 * int(last.config.microbatches)), None)
-    constant, share = last.arguments, 1 / int(last.config.microbatches)
+    last, count = trials[-1], int(trials[-1].config.microbatches)
+    if math.isinf(last.needed):  # the compiler gave no number
+        return next((larger for larger in counts if larger >= 4 * count), None)
+    # A step needs a constant, at least its arguments, and a part that shrinks with the number.
+    part = (last.needed - last.arguments) * count
     if len(trials) > 1 and not math.isinf(trials[-2].needed):
-        slope = (trials[-2].needed - last.needed) / (1 / int(trials[-2].config.microbatches) - share)
-        constant = last.needed - slope * share
-    by_share = (last.needed - constant) / share
-    larger = (count for count in counts if count > int(last.config.microbatches))
-    return next((count for count in larger if constant + by_share / count <= room), None)
+        part = (trials[-2].needed - last.needed) / (1 / int(trials[-2].config.microbatches) - 1 / count)
+    constant = last.needed - part / count
+    return next((larger for larger in counts if larger > count and constant + part / larger <= room), None)
 
 
 def resolved(config: Config, remat: str, microbatches: int) -> Config:
@@ -175,70 +161,65 @@ def choose(
         if not is_auto(again) and fits(trial := attempt(again), limit, spare=0):
             return trial.config, trial.result, int(trial.needed)
     for trial in search(config, mesh, limit, attempt):
-        tried.append(trial)
         if trial.result and fits(trial, limit, SPARE if auto else 0):
             return trial.config, trial.result, int(trial.needed)
-    raise UserError(_too_large(config, mesh, limit, tried))
-
-
-def _too_large(config: Config, mesh: Mesh, limit: int | None, tried: list[Trial]) -> str:
-    """Says what was tried and what would fit."""
+        tried.append(trial)
     rows = [
         f"  remat {trial.config.model.remat}, {trial.config.microbatches} microbatch(es): "
         + ("refused by the compiler" if math.isinf(trial.needed) else f"{trial.needed / GIB:.2f} GiB")
         for trial in tried
     ]
-    of = f" of {limit / GIB:.2f} GiB" + (f" ({SPARE:.0%} stays free)" if is_auto(config) else "") if limit else ""
+    remedy = _remedy(config, mesh, limit, min(trial.needed for trial in tried))
+    raise UserError("\n".join([f"{_too_large(config, limit)}; {remedy}. Needed per device:", *rows]))
+
+
+def check(config: Config, mesh: Mesh, limit: int | None) -> None:
+    """Raises UserError, before anything is compiled, where a CPU cannot hold the state and the batch."""
+    if not limit or not _on_cpu(mesh):
+        return
+    fixed, row = _least_bytes(config, mesh)
+    needed = fixed + row * config.global_batch_size / sharding.batch_shards(mesh)
+    if needed > limit:
+        alone = f"its state and batch alone need {needed / GIB:.2f} GiB"
+        raise UserError(f"{_too_large(config, limit)}: {alone}; {_remedy(config, mesh, limit)}")
+
+
+def _too_large(config: Config, limit: int | None) -> str:
+    of = f", {limit / GIB:.2f} GiB each" if limit else ""
     return (
         f"the train step at config.global_batch_size {config.global_batch_size} does not fit into the devices' memory"
-        f"{of}; {_remedy(config, mesh, limit, tried)}. Needed per device:\n" + "\n".join(rows)
+        f"{of}"
     )
 
 
-def _remedy(config: Config, mesh: Mesh, limit: int | None, tried: Sequence[Trial] = ()) -> str:
+def _remedy(config: Config, mesh: Mesh, limit: int | None, needed: float = math.inf) -> str:
+    """Says what would fit; `needed` is the least that was tried, in bytes."""
     if config.model.remat not in ("auto", REMAT[-1]):
         return "set config.model.remat to auto"
-    if isinstance(config.microbatches, int) and not config.finetune.classes and _smallest(config, mesh) <= (limit or 0):
+    shards, room = sharding.batch_shards(mesh), (1 - SPARE) * (limit or 0)
+    (fixed, row), rows = _least_bytes(config, mesh), config.global_batch_size / shards
+    if not config.finetune.classes and config.microbatches != "auto" and fixed + row * rows <= room:
         return "set config.microbatches to auto, which finds the least number that fits"
-    batch, shards = config.global_batch_size, sharding.batch_shards(mesh)
-    program = train_step.make_program(resolved(config, REMAT[-1], 1), mesh)
-    fixed = _smallest(dataclasses.replace(config, global_batch_size=shards), mesh, program)
-    # Fine-tuning takes a batch at once, so that what it needs grows with the batch.
-    whole = min((trial.needed for trial in tried), default=math.inf) if part_counts(config, mesh) == [1] else None
-    while batch >= 2 * shards and batch % (2 * shards) == 0:
-        batch //= 2
-        smaller = dataclasses.replace(config, global_batch_size=batch)
-        share = batch / config.global_batch_size
-        needed = fixed + (whole - fixed) * share if whole else _smallest(smaller, mesh, program)
-        if needed <= (1 - SPARE) * (limit or 0):
-            return f"lower it to {batch}, which needs at least {needed / GIB:.2f} GiB"
+    if config.finetune.classes and not math.isinf(needed):  # which takes a batch at once
+        row = (needed - fixed) / rows
+    if room >= fixed + row:
+        return f"lower it to {shards * 2 ** int(math.log2((room - fixed) / row))}"
     return (
         f"{fixed / GIB:.2f} GiB per device are needed for the model's parameters, gradients and moments alone: "
         "raise config.mesh.fsdp, which splits them over devices, use more devices or a smaller model"
     )
 
 
-def check(config: Config, mesh: Mesh, limit: int | None) -> None:
-    """Raises UserError, before anything is compiled, where a CPU cannot hold the state and the batch."""
-    needed = _smallest(config, mesh)
-    if limit and mesh.devices.flat[0].platform == "cpu" and needed > limit:
-        raise UserError(
-            f"the train step at config.global_batch_size {config.global_batch_size} does not fit into the devices' "
-            f"memory: its state and batch alone need {needed / GIB:.2f} GiB of {limit / GIB:.2f} GiB per device; "
-            f"{_remedy(config, mesh, limit)}"
-        )
-
-
-def _smallest(config: Config, mesh: Mesh, program: Program | None = None) -> float:
-    """Estimates the bytes per device in the smallest microbatches, from compiled steps of B/16 and L/16 on CPUs.
+def _least_bytes(config: Config, mesh: Mesh) -> tuple[float, float]:
+    """Estimates the bytes per device that no choice avoids, and those of a row of the batch.
 
     Beside the state there are gradients, twice while they are summed, and parameters in the compute type; beside the
-    batch, the patches that are seen.
+    row, the patches that are seen. Measured by compiled steps of B/16 and L/16 on CPUs.
     """
-    one = resolved(config, REMAT[-1], 1)
-    program = program or train_step.make_program(one, mesh)  # the same for every batch
-    params = _tree_bytes(program.state.params)
-    return _tree_bytes(program.state) + 3 * params + 1.6 * _image_bytes(config, mesh) + host_bytes(one, program, mesh)
+    one = dataclasses.replace(resolved(config, REMAT[-1], 1), global_batch_size=sharding.batch_shards(mesh))
+    program = train_step.make_program(one, mesh)
+    fixed = _tree_bytes(program.state) + 3 * _tree_bytes(program.state.params) + host_bytes(one, program, mesh)
+    return fixed, config.model.image.image_size**2 * 3 * (3.6 if _on_cpu(mesh) else 1.6)
 
 
 def host_bytes(config: Config, program: Program, mesh: Mesh) -> float:
@@ -246,11 +227,15 @@ def host_bytes(config: Config, program: Program, mesh: Mesh) -> float:
 
     These are the batch that was assembled and the next one, the state that is being saved, and the shuffle window.
     """
-    if mesh.devices.flat[0].platform != "cpu":
+    if not _on_cpu(mesh):
         return 0
     local = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
     window = config.data.shuffle_window * RECORD / max(local, 1)
     return 2 * _image_bytes(config, mesh) + _tree_bytes(program.state) + window
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _tree_bytes(tree: Any) -> int:
@@ -267,44 +252,33 @@ def device_memory() -> int | None:
 
     On CPUs it is the memory that is available now, shared by all devices of all processes on a machine.
     """
-    own = jax.local_devices()
-    limit = (own[0].memory_stats() or {}).get("bytes_limit", 0)
-    if own[0].platform == "cpu":
-        limit = available() or 0
-    machine = zlib.crc32(socket.gethostname().encode()) if own[0].platform == "cpu" else jax.process_index()
-    all_limits = multihost_utils.process_allgather(np.array([limit, machine, len(own)], np.int64)).reshape(-1, 3)
-    if own[0].platform == "cpu":
-        sharing = [all_limits[all_limits[:, 1] == name, 2].sum() for name in all_limits[:, 1]]
-        all_limits[:, 0] //= np.array(sharing)
-    return int(all_limits[:, 0].min()) or None
+    own, machine = jax.local_devices(), zlib.crc32(socket.gethostname().encode())
+    on_cpu = own[0].platform == "cpu"
+    limit = (available() if on_cpu else (own[0].memory_stats() or {}).get("bytes_limit")) or 0
+    limits = multihost_utils.process_allgather(np.array([limit, machine, len(own)], np.int64)).reshape(-1, 3)
+    sharing = [limits[limits[:, 1] == name, 2].sum() if on_cpu else 1 for name in limits[:, 1]]
+    return int((limits[:, 0] // sharing).min()) or None
 
 
 def available(root: pathlib.Path = pathlib.Path("/")) -> int | None:
     """Bytes that processes of this machine or container can still take: the least of what Linux says, else None."""
-    found = []
-    if meminfo := _read(root / "proc/meminfo"):
-        found += [1024 * int(kib) for kib in re.findall(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)]
-    for line in _read(root / "proc/self/cgroup").splitlines():
+
+    def read(path):
+        return path.read_text() if path.is_file() else ""
+
+    found = [1024 * int(kib) for kib in re.findall(r"^MemAvailable: *(\d+) kB", read(root / "proc/meminfo"), re.M)]
+    for line in read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            folder, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        elif not controllers:
-            folder, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        else:
+        if controllers and "memory" not in controllers.split(","):
             continue
+        folder = root / "sys/fs/cgroup" / ("memory" if controllers else "")  # version 1 or 2
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         # The limits of all groups above hold, too. In a container its own group may be mounted as the top one.
         inner = folder / path.strip("/")
         for group in (inner, *(parent for parent in inner.parents if parent.is_relative_to(folder))):
-            most, used = _read(group / limit).strip(), _read(group / usage).strip()
+            most, used = (read(group / name).strip() for name in names)
             if most.isdigit() and used.isdigit():
                 # Pages of files are given back when memory is short.
-                cached = re.search(r"^(?:total_)?inactive_file (\d+)", _read(group / "memory.stat"), re.MULTILINE)
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)", read(group / "memory.stat"), re.M)
                 found.append(max(int(most) - int(used) + (int(cached[1]) if cached else 0), 0))
     return min(found, default=None)
-
-
-def _read(path: pathlib.Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -1,10 +1,11 @@
-"""Learning-rate schedule, AdamW and its weight-decay mask."""
+"""Learning-rate schedule, AdamW or Muon, and the weight-decay mask."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from flip_jax.config import Config
 
@@ -67,14 +68,34 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
+def muon_dimensions(params: Any) -> Any:
+    """Marks the matrices that Muon updates: the kernels of blocks and projections, each layer of a stack by itself."""
+    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Builds AdamW with decoupled decay, multiplied by the learning rate; no gradient clipping. Paper, appendix."""
+    """Builds the optimizer; decay is decoupled and multiplied by the learning rate, and gradients are not clipped."""
+    rate, optim = learning_rate(config), config.optim
+    if optim.name == "muon":
+        return optax.contrib.muon(
+            rate,
+            adam_b1=optim.b1,
+            adam_b2=optim.b2,
+            mu_dtype=optim.mu_dtype,
+            weight_decay=optim.weight_decay,
+            weight_decay_mask=decay_mask,
+            adam_weight_decay=optim.weight_decay,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=1.0,  # the rate is the root mean square of an update, about that of AdamW's
+        )
     return optax.adamw(
-        learning_rate(config),
-        b1=config.optim.b1,
-        b2=config.optim.b2,
+        rate,
+        b1=optim.b1,
+        b2=optim.b2,
         eps=1e-8,
-        mu_dtype=config.optim.mu_dtype,
-        weight_decay=config.optim.weight_decay,
+        mu_dtype=optim.mu_dtype,
+        weight_decay=optim.weight_decay,
         mask=decay_mask,
     )

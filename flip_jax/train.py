@@ -35,7 +35,7 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         finite: the message names the step and the keys of its samples.
     """
     started = time.perf_counter() if started is None else started
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     if config.profile and "://" in os.fspath(workdir):
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
     mesh = sharding.make_mesh(config.mesh)
@@ -80,6 +80,13 @@ def _run(
         _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
         return
     tokenizer = pipeline.make_tokenizer(config, checkpoints.tokenizer())
+    class_names: tuple[str, ...] = ()
+    if config.finetune.classes:
+        from flip_jax.data import classes
+
+        class_names = classes.trained(config)
+    if start:
+        checkpoints.check_class_names(class_names)
     batches = iter(
         pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     )
@@ -100,7 +107,7 @@ def _run(
     metrics.write_parameters(workdir, program.state.params)
     writer = metrics.Writer(workdir, start, config)
     progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
-    evaluate = _evaluation(config, program, tokenizer, mesh, writer) if config.eval.wanted else None
+    evaluate = _evaluation(config, program, tokenizer, class_names, mesh, writer) if config.eval.wanted else None
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
@@ -145,7 +152,7 @@ def _run(
                 evaluate(state.params, batch, step)
         if save:
             with progress.pause("save", config.checkpoint.every_steps):
-                checkpoints.save(step, state, batches, tokenizer, config)
+                checkpoints.save(step, state, batches, tokenizer, config, class_names)
         if stop:
             break
     writer.close()
@@ -170,7 +177,12 @@ def _initial_state(config: Config, program: Program, checkpoints: checkpoint.Che
 
 
 def _evaluation(
-    config: Config, program: Program, tokenizer: Tokenizer | None, mesh: Mesh, writer: metrics.Writer
+    config: Config,
+    program: Program,
+    tokenizer: Tokenizer | None,
+    class_names: tuple[str, ...],
+    mesh: Mesh,
+    writer: metrics.Writer,
 ) -> Callable[[Any, dict[str, Any], int], None]:
     """Builds the function that evaluates weights and writes results; a run that never evaluates loads none of this."""
     from flip_jax import evaluators, inference
@@ -182,9 +194,10 @@ def _evaluation(
     def evaluate(params, batch, step):
         nonlocal encoder
         # Later encoders share the programs that the first one compiles.
-        encoder = (
-            encoder.with_params(params) if encoder else inference.Encoder(program.graphdef, params, tokenizer, config)
-        )
+        if encoder:
+            encoder = encoder.with_params(params)
+        else:
+            encoder = inference.Encoder(program.graphdef, params, tokenizer, config, class_names)
         results = dict(evaluators.run(encoder, config))
         writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
         if "text" in batch and (writer.trackers or jax.process_count() > 1):  # all take part, the first one writes

@@ -116,7 +116,12 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         whole,
         param_shardings,
         optax.tree.map_params(
-            optimizer, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
+            optimizer,
+            lambda x, s: x if isinstance(x, optax.MaskedNode) else s,  # a parameter that this part leaves alone
+            abstract.opt_state,
+            param_shardings,
+            transform_non_params=lambda _: whole,
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         ),
     )
     rows = sharding.batch_sharding(mesh)

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from flip_jax import config as config_lib
-from flip_jax import config_check, optim, other_names
+from flip_jax import config_check, did_you_mean, optim
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
@@ -89,12 +89,12 @@ def test_a_wrong_command_line_is_one_clear_error(arguments, message):
 
 def test_the_words_of_other_programs_lead_to_settings_that_exist():
     known = config_check.flatten(Config())
-    for word, (key, translation) in other_names.SETTINGS.items():
+    for word, (key, translation) in did_you_mean.SETTINGS.items():
         assert key in known if key else translation, word
         assert word not in known, word
     words = "batch_size batch-size lr epochs workers warmup precision resume save-frequency grad-checkpointing"
     for word in [*words.split(), "train-data", "imagenet-val"]:
-        assert other_names.hint(word), word
+        assert did_you_mean.word(word), word
 
 
 def test_numbers_of_samples_names_and_lists_as_people_write_them(load_recipe):
@@ -114,7 +114,7 @@ def test_home_is_expanded(monkeypatch):
 
 
 def test_every_recipe_runs_locally_with_its_own_model(load_recipe):
-    for path in config_check.recipes():
+    for path in did_you_mean.recipes():
         name = path.removeprefix("configs/").removesuffix(".py")
         whole, local = load_recipe(name), load_recipe(name, "runlocal")
         assert local.model == whole.model and local.global_batch_size == 16

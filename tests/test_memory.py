@@ -66,16 +66,14 @@ def test_the_first_policy_that_fits_with_a_tenth_to_spare(compiler, limit, chose
 def test_the_least_number_of_microbatches_by_few_programs(compiler, limit, count):
     compiler.refused = float("inf")
     least = next(n for n in (2**i for i in range(11)) if CONSTANT + SHARED["none"] / n <= 0.9 * limit)
-    assert least == count or limit == 3300
+    assert least == count
     remat, found, needed = choose("auto", limit, "auto")
     assert (remat, found) == ("none", least) and needed <= 0.9 * limit
     assert len(compiler.tried) <= len(REMAT) + 3
 
 
 def test_nothing_fits(compiler):
-    with pytest.raises(
-        UserError, match=r"(?s)global_batch_size 1024 does not fit .*lower it to \d+, which.*remat full"
-    ):
+    with pytest.raises(UserError, match=r"(?s)global_batch_size 1024 does not fit .*lower it to \d+.*remat full"):
         choose("auto", 1000, "auto")
     with pytest.raises(UserError, match=r"(?s)set config.microbatches to auto.*full, 1 microbatch.*2.93 GiB"):
         choose("full", 2999)
@@ -103,9 +101,9 @@ def test_a_cpu_that_cannot_hold_the_batch_is_refused_before_compiling():
     config = memory.resolved(dataclasses.replace(CONFIG, global_batch_size=2**20), "auto", "auto")
     images = 2**20 * 32 * 32 * 3
     with jax.set_mesh(mesh()):
-        with pytest.raises(UserError, match=r"state and batch alone need .* lower it to (\d+), which") as refused:
+        with pytest.raises(UserError, match=r"state and batch alone need .* lower it to (\d+)") as refused:
             memory.check(config, mesh(), 3 * images)
-        batch = int(str(refused.value).partition("lower it to ")[2].partition(",")[0])
+        batch = int(str(refused.value).partition("lower it to ")[2])
         memory.check(dataclasses.replace(config, global_batch_size=batch), mesh(), 3 * images)
         with pytest.raises(UserError, match="raise config.mesh.fsdp"):
             memory.check(config, mesh(), 1000)

@@ -1,34 +1,36 @@
-"""Sources read by record number: CSV, one folder per class, Karpathy's JSON and TFDS."""
+"""Sources read by record number: one folder per class, Karpathy's JSON and TFDS."""
 
-import csv
-import io
-import itertools
+import collections
+import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flip_jax.config import DataConfig
-from flip_jax.data import paths
-from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
+from flip_jax.data import classes, paths
+from flip_jax.data.records import CHUNK, END, IMAGES, Pick, Record, example, example_key, sample
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
 MAX_COUNT = 100  # largest label where the label is a number of objects
 CLASS_CAPTION = "a photo of a {}."  # for TFDS data sets without text
-PATH_COLUMNS = ("filepath", "path", "image", "image_path", "file_name", "filename", "url")
+# Files and folders that systems leave among images, in lower case, besides those whose name begins with a dot.
+SYSTEM = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found")
 
 
-class _Files:
+class Files:
     """Records that are held in memory; their images are read when needed."""
 
     window, interleave = CHUNK, 2  # the schedule has shuffled all records already
     at_once = CHUNK
     class_names: list[str] | None = None
     templates = None
+    caption_names: tuple[str, ...] = ()  # where the texts of a record come from, for people
     _rows: list[Any]
+    _data: DataConfig
 
     def _row(self, index: int) -> tuple[str, list[str], int | None]:
         """Returns an image's path, its captions and its class, which a subclass knows."""
@@ -41,80 +43,101 @@ class _Files:
         """Reads the picked records."""
         for index, epoch in picks:
             path, captions, label = self._row(index)
-            key = path.encode(errors="replace").decode()
-            yield {"key": key, "epoch": epoch} | sample(_image(path), captions, label), END
+            image = paths.read_image(path, self._data)
+            rest = {"bad": image} if isinstance(image, str) else sample(image, captions, label)
+            yield {"key": path.encode(errors="replace").decode(), "epoch": epoch} | rest, END
 
 
-class Csv(_Files):
-    """CSV or TSV files with a header: the path of an image in one of `PATH_COLUMNS`, and captions.
+class Folder(Files):
+    """One folder of images per class, with any subfolders; or images alone, which then have no label.
 
-    A relative path starts at the CSV's folder. All rows are held in memory; the images are read when needed.
+    The label is the position among the sorted names of the folders, which are sorted by size if all are numbers.
+    Hidden and system folders, `SYSTEM`, and folders without images are no classes; what is ignored is counted and said.
     """
 
-    def __init__(self, pattern: str, data: DataConfig):
-        import pyarrow
-
-        csv.field_size_limit(MAX_TEXT)
-        chunks, kind = [], pyarrow.list_(pyarrow.large_binary())  # takes far less memory than Python's strings
-        for path in paths.expand(pattern):
-            delimiter = "\t" if path.endswith(".tsv") else ","
-            with (
-                paths.open_file(path) as file,
-                io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text,
-            ):
-                lines = rows(text, delimiter)
-                names = next(lines, [])
-                image = [names.index(name) for name in PATH_COLUMNS if name in names][:1]
-                captions = [names.index(name) for name in data.captions if name in names]
-                if not image or not captions:
-                    raise UserError(
-                        f"{path} needs a column {' or '.join(PATH_COLUMNS)}, and {' or '.join(data.captions)} "
-                        f"(config.data.captions); has {', '.join(names)}"
-                    )
-                # Absolute, so that ".." can only come from a row.
-                folder = path.rpartition("/")[0] if paths.is_remote(path) else os.path.dirname(os.path.abspath(path))
-                while some := list(itertools.islice(lines, 2**16)):
-                    fields = ([row[i] if i < len(row) else "" for i in image + captions] for row in some)
-                    located = ([_located(name, folder), *texts] for name, *texts in fields)
-                    encoded = [[value.encode("utf-8", "surrogateescape") for value in row] for row in located]
-                    chunks.append(pyarrow.array(encoded, kind))
-        self._rows = pyarrow.concat_arrays(chunks) if chunks else []
-
-    def _row(self, index):
-        name, *captions = self._rows[index].as_py()
-        return name.decode(errors="surrogateescape"), captions, None
-
-
-class Folder(_Files):
-    """One folder of images per class; the label is the position among the sorted names of the folders."""
-
     def __init__(self, folder: str, data: DataConfig):
+        self._data, folder = data, os.path.expanduser(folder)
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder; it needs one folder per class")
-        self.class_names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        self._rows = [
-            (os.path.join(folder, name, file), label)
-            for label, name in enumerate(self.class_names)
-            for file in sorted(os.listdir(os.path.join(folder, name)))
-            if file.rpartition(".")[2].lower() in IMAGES
-        ]
+        ignored: dict[str, list[str]] = {}
+        folders, alone = _listed(folder, ignored)
+        found = {name: list(_images_below(os.path.join(folder, name), ignored)) for name in folders}
+        self.empty_classes = classes.in_order(name for name in folders if not found[name])
+        names = classes.in_order(name for name in folders if found[name])
+        self._rows = [(path, label) for label, name in enumerate(names) for path in found[name]]
+        if names:
+            if alone:
+                ignored["images outside the class folders"] = alone
+            self.class_names = [os.fsencode(name).decode(errors="replace") for name in names]
+        else:
+            self._rows = [(os.path.join(folder, name), None) for name in alone]
         if not self._rows:
-            raise UserError(f"{folder} has {len(self.class_names)} folders but no images ({', '.join(IMAGES)})")
+            found_none = f"{folder} has {len(folders)} folders but no images ({', '.join(IMAGES)})"
+            raise UserError(found_none + _said(ignored, "; ignored: "))
+        if self.empty_classes:
+            ignored["folders without images"] = self.empty_classes
+        if ignored:
+            _warn_once(f"{folder}: {len(self._rows)} images in {len(names)} classes; ignored: {_said(ignored)}")
 
     def _row(self, index):
         path, label = self._rows[index]
         return path, [], label
 
 
-class Karpathy(_Files):
+def _listed(folder, ignored):
+    """Returns the names of a folder's folders and images, sorted; adds what is neither to `ignored`, by its kind."""
+    folders, images = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        is_folder, extension = entry.is_dir(), os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith(".") or entry.name.lower() in SYSTEM:
+            ignored.setdefault(f"hidden or system {'folders' if is_folder else 'files'}", []).append(entry.name)
+        elif is_folder:
+            folders.append(entry.name)
+        elif extension[1:] in IMAGES:
+            images.append(entry.name)
+        else:
+            ignored.setdefault("other files", []).append(extension or "no extension")
+    return folders, images
+
+
+def _images_below(folder, ignored, above=()):
+    """Yields the paths of the images in a folder, then in its subfolders; a link to a folder above it ends there."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    folders, images = _listed(folder, ignored)
+    yield from (os.path.join(folder, name) for name in images)
+    for name in folders:
+        yield from _images_below(os.path.join(folder, name), ignored, (*above, place))
+
+
+def _said(ignored, before=""):
+    """Formats kinds of ignored entries with their counts, and the most frequent names of each."""
+    counted = [(kind, collections.Counter(names)) for kind, names in ignored.items()]
+    parts = []
+    for kind, names in counted:
+        most = [f"{count} {name}" if count > 1 else name for name, count in names.most_common(classes.SHOWN)]
+        parts.append(f"{names.total()} {kind} ({', '.join(most)}{' ...' if len(names) > classes.SHOWN else ''})")
+    return before + ", ".join(parts) if parts else ""
+
+
+@functools.cache
+def _warn_once(message):
+    _log.warning("%s", message)
+
+
+class Karpathy(Files):
     """A split of Karpathy's JSON of COCO or Flickr30k, FILE.json#SPLIT: images with several captions each.
 
     An image is FILEPATH/FILENAME, or FILENAME, in the folder of the JSON, or in FOLDER: FILE.json#SPLIT#FOLDER.
     """
 
+    caption_names = ("sentences",)
+
     def __init__(self, rest: str, data: DataConfig):
-        file, _, rest = rest.partition("#")
+        file, _, rest = os.path.expanduser(rest).partition("#")
         split, _, folder = rest.partition("#")
+        self._data, folder = data, os.path.expanduser(folder)
         folder = os.path.abspath(folder or os.path.dirname(file))
         if not os.path.isfile(file) or not split:
             raise UserError(f"expected karpathy:FILE.json#SPLIT with an existing file; got {file!r} and {split!r}")
@@ -149,52 +172,6 @@ def _karpathy_row(image):
             if len(captions) == len(sentences) and all(isinstance(text, str) for text in (folder, *captions)):
                 return split, folder, name, captions
     return None
-
-
-def _located(name, folder):
-    """Returns the path of an image that a CSV in `folder` names."""
-    return name if not name or not folder or paths.is_remote(name) or name.startswith("/") else f"{folder}/{name}"
-
-
-def _image(path):
-    """Reads the bytes of an image's file; None if it cannot be read."""
-    if ".." in path.split("/") or not (paths.is_remote(path) or os.path.isfile(path)):
-        return None
-    try:
-        with paths.open_file(path) as file:
-            return file.read(MAX_IMAGE + 1)
-    except OSError as error:
-        _log.warning("%s: %s", path, error)
-        return None
-
-
-def rows(text: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    """Iterates over the non-empty rows of a CSV file; [""] for a line with a field above csv.field_size_limit.
-
-    A quote that is left open, or closed before the field ends, spoils only its own line: the lines that a strict
-    parser took in search of the closing quote are read again.
-    """
-    text, again, taken = iter(text), [], []  # again: lines to read once more; taken: lines of the present row
-
-    def lines():
-        while line := again.pop() if again else next(text, ""):
-            taken.append(line)
-            yield line
-
-    while True:
-        taken.clear()
-        try:
-            row = next(csv.reader(lines(), delimiter=delimiter, strict=True), None)
-        except csv.Error:
-            again += reversed(taken[1:])
-            try:
-                row = next(csv.reader(taken[:1], delimiter=delimiter))
-            except csv.Error:
-                row = [""]
-        if row is None:
-            return
-        if row:
-            yield row
 
 
 class Tfds:
@@ -255,6 +232,7 @@ class Tfds:
             raise UserError(f"has no label {label!r}; its features are {', '.join(first)}")
         self._image = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
         self._text = next((key for key in data.captions if key in first), None)
+        self.caption_names = (f"feature {self._text!r}" if self._text else "the class names",)
         if not self._image or not (self._text or self.class_names):
             raise UserError(
                 f"needs an image, and {' or '.join(data.captions)} (config.data.captions) or a class label; has "
@@ -272,10 +250,11 @@ class Tfds:
             if fields is None:
                 yield {"key": str(index), "epoch": epoch, "bad": "not an Example"}, END
                 continue
-            values = fields.get(self._label, []) if self.class_names else [None]
-            label = len(values) if self._counts else values[0]
+            values = fields.get(self._label, []) if self.class_names else []
+            label = len(values) if self._counts else next(iter(values), None)
             texts = fields.get(self._text) or []
-            if not self._text:
+            # The test splits of some data sets have label -1, which is no class.
+            if not self._text and label is not None and 0 <= label < len(self.class_names):
                 texts = [CLASS_CAPTION.format(self.class_names[label].replace("_", " "))]
-            image = next(iter(fields[self._image]), None)
+            image = next(iter(fields.get(self._image, ())), None)
             yield {"key": example_key(fields, index), "epoch": epoch} | sample(image, [texts], label), END

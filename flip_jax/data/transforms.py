@@ -19,7 +19,7 @@ try:  # Pillow's resize up to rounding, in a quarter of the time; it has no whee
 except ImportError:
     cykooz_resizer = None
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # recognised by content, not by file name
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # recognised by content, not by file name
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 # Pillow warns about large images and refuses larger ones. Here the limit is a setting, checked before decoding.
 Image.MAX_IMAGE_PIXELS = None

@@ -5,13 +5,16 @@ the headline first, and `NEEDS`, its requirements from `needs`. It gets a `datas
 evaluation, which may differ from those that the model was trained with.
 """
 
+import dataclasses
 import difflib
 import importlib
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flip_jax import runtime
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
@@ -26,6 +29,8 @@ EVALUATORS = {
     "few_shot": "flip_jax.evaluators.few_shot",
     "classify": "flip_jax.evaluators.classify",
 }
+
+_numbers = itertools.count()  # each sum over all processes has a name of its own
 
 
 def tasks(config: Config) -> list[str]:
@@ -72,7 +77,13 @@ def problems(config: Config) -> list[str]:
     reasons = []
     for task in tasks(config):
         try:
-            find(task, config)
+            _, dataset = find(task, config)
+            if task.startswith("classify/"):
+                from flip_jax.data import classes
+                from flip_jax.evaluators import datasets
+
+                names = classes.trained(config)
+                datasets.match(datasets.with_classifier_names(dataset, names, config), config)
         except UserError as error:
             reasons.append(str(error))
     return reasons
@@ -86,8 +97,21 @@ def check(config: Config) -> None:
 
 def evaluate(encoder: "Encoder", task: str, config: Config) -> dict[str, float]:
     """Returns {metric: value} of one task, the headline first."""
+    return evaluate_and_count(encoder, task, config)[0]
+
+
+def evaluate_and_count(encoder: "Encoder", task: str, config: Config) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns {metric: value} of one task, and on the first process what became of its images.
+
+    This is {"images": int, "skipped": {reason: int}, "classes_without_images": list[str]}, over all processes.
+    """
     evaluator, dataset = find(task, config)
-    return dict(evaluator.run(encoder, dataset, config))
+    dataset = dataclasses.replace(dataset, seen=type(dataset.seen)())  # `find` gives all calls the same data set
+    results = dict(evaluator.run(encoder, dataset, config))
+    seen = dataset.seen
+    counts = runtime.sum_counts(f"images/{next(_numbers)}", {"images": seen.used, **seen.skipped})
+    images = counts.pop("images", 0)
+    return results, {"images": images, "skipped": counts, "classes_without_images": list(seen.empty)}
 
 
 def means(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

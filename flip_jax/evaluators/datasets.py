@@ -1,37 +1,56 @@
 """Data sets as evaluators get them: images, labels, class names and prompts."""
 
+import collections
 import dataclasses
 import functools
-import json
 import logging
 import os
-import pathlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from flip_jax.config import Config
-from flip_jax.data import pipeline, sources
-from flip_jax.evaluators import known
+from flip_jax.config import Config, DataConfig
+from flip_jax.data import classes, pipeline, sources
+from flip_jax.evaluators import class_file, known
+from flip_jax.evaluators.known import recorded_classes, recorded_templates
 from flip_jax.runtime import UserError, say
 
 _log = logging.getLogger(__name__)
 
 SAY_EVERY = 30  # seconds between the lines that stand for a progress bar where there is no terminal
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the simplest of CLIP's prompts, for sources without their own
+SOURCE_ITSELF = "the source itself"
+OTHER_CLASS = "class outside the data set"
+
+
+@dataclasses.dataclass
+class Seen:
+    """What became of the images of a test split: how many were used, and how many skipped for each reason.
+
+    `empty` are the classes that none of them is of.
+    """
+
+    used: int = 0
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    empty: tuple[str, ...] = ()
+
+    def skipped_text(self) -> str:
+        """Formats the skipped images by their reason."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common())
+        return f"{self.skipped.total()} skipped{kinds and f' ({kinds})'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set; `test` and `train` are sources, "" where it has no such split.
 
-    `classes` are the class names in the order of the labels, () if unknown. `labels` are the data set's own names for
-    them, in the same order, () if not recorded. `test_names` are the test source's names, in the order of its labels.
+    `classes` are the class names in the order of the labels, () if unknown, and `whose` says where they come from.
+    `labels` are the data set's own names for them, in the same order, () if it has no others.
     """
 
     name: str
@@ -41,7 +60,13 @@ class Dataset:
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     labels: tuple[str, ...] = ()
-    test_names: tuple[str, ...] = ()
+    whose: str = ""
+    seen: Seen = dataclasses.field(default_factory=Seen, compare=False)
+
+    def note_classes(self, count_C: np.ndarray) -> None:
+        """Records which classes have no images, from the number of images of each class."""
+        names = self.classes or [str(number) for number in range(len(count_C))]
+        self.seen.empty = tuple(name for name, count in zip(names, count_C, strict=False) if not count)
 
 
 @functools.lru_cache
@@ -62,10 +87,12 @@ def find(text: str, config: Config) -> Dataset:
 def _find_source(text: str, source: str, train: str, config: Config) -> Dataset:
     """Describes a source by its own class names and prompts, or those of the settings."""
     opened = sources.open_source(source, config.data)
-    names = tuple(opened.class_names or ())
-    classes = _read_classes(config.eval.classnames) if config.eval.classnames else _spaced(names)
+    names, own, whose = classes.spaced(opened.class_names), (), SOURCE_ITSELF
+    if config.eval.classnames:
+        names, own = class_file.read(config.eval.classnames)
+        whose = config.eval.classnames
     templates = tuple(config.eval.templates or opened.templates or DEFAULT_TEMPLATES)
-    return Dataset(text, source, train, "top1", classes, templates, test_names=names)
+    return Dataset(text, source, train, "top1", names, templates, own, whose)
 
 
 def _find_known(name: str, source: str, train: str, config: Config) -> Dataset:
@@ -81,74 +108,134 @@ def _find_known(name: str, source: str, train: str, config: Config) -> Dataset:
         if source or row.test.startswith("tfds:"):
             raise
         raise UserError(f"{error}. {known.instruction(name, row, folder)}") from error
-    classes, labels = known.recorded_classes(row.classes or name)
-    recorded_templates = known.recorded_templates().get(row.templates or name)
+    names, labels = recorded_classes(row.classes or name)
+    recorded = recorded_templates().get(row.templates or name)
     return Dataset(
         name,
         test,
         train or ("" if source else own["train"]),
         row.metric,
-        classes or _spaced(opened.class_names),
-        tuple(config.eval.templates or recorded_templates or opened.templates or DEFAULT_TEMPLATES),
+        names or classes.spaced(opened.class_names),
+        tuple(config.eval.templates or recorded or opened.templates or DEFAULT_TEMPLATES),
         labels,
-        tuple(opened.class_names or ()),
+        name if names else SOURCE_ITSELF,
     )
 
 
-def _read_classes(name: str) -> tuple[str, ...]:
-    """Reads the class names in a file: one per line, or a JSON list."""
-    path, wanted = pathlib.Path(name), "config.eval.classnames must be a file with one name per line or a JSON list"
-    if not path.is_file():
-        raise UserError(f"{wanted}; got {name!r}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        names = json.loads(text) if text.startswith("[") else text.splitlines()
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{wanted}; {name!r} cannot be read: {error}") from error
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{wanted}; {name!r} has entries that are not strings")
-    return tuple(names)
+def with_training_names(dataset: Dataset, config: Config) -> Dataset:
+    """Returns the data set with the classes of its training split, unless a table or a file names the classes."""
+    names, _ = _names(dataset.train, config.data)
+    if dataset.whose != SOURCE_ITSELF or not names:
+        return dataset
+    return dataclasses.replace(dataset, classes=classes.spaced(names), whose=f"the training split {dataset.train!r}")
+
+
+def with_classifier_names(dataset: Dataset, names: tuple[str, ...] | None, config: Config) -> Dataset:
+    """Returns the data set with the classes of a classifier, whose checkpoint has `names`: None if it has no entry.
+
+    Without names, labels are numbers. Checkpoints from before names were saved also take a source with as many names,
+    in the order of that time.
+    """
+    count = config.finetune.classes
+    own, _ = _names(dataset.test, config.data)
+    if names:
+        return dataclasses.replace(dataset, classes=names, labels=(), whose="the classes that were trained")
+    if config.eval.classnames and dataset.whose == config.eval.classnames:
+        return dataset
+    if names is None and own and len(own) == count:
+        _log.warning(
+            "%s: the checkpoint is from before class names were saved: the %d classes of %r are taken to be those that "
+            "were trained, in the same order",
+            *(dataset.name, count, dataset.test),
+        )
+        own = sorted(own) if "folder:" in config.data.train else own  # folders were sorted as text
+        return dataclasses.replace(dataset, classes=tuple(own), labels=(), whose="the checkpoint without class names")
+    numbers = tuple(str(number) for number in range(count))
+    return dataclasses.replace(
+        dataset, classes=numbers, labels=(), whose="the classifier, which was trained on numbers"
+    )
+
+
+@functools.lru_cache
+def _names(source: str, data: DataConfig) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Returns the class names of a source, None if it has none, and its class folders without images."""
+    opened = sources.open_source(source, data)
+    return opened.class_names and tuple(opened.class_names), tuple(getattr(opened, "empty_classes", ()))
+
+
+def match(dataset: Dataset, config: Config, split: str = "test") -> classes.Match | None:
+    """Finds the class of each label of a split, None for a data set without a list of classes.
+
+    Raises:
+      UserError: the data set has no such split, or the source has other classes.
+    """
+    source = getattr(dataset, split)
+    if not source:
+        raise UserError(f"{dataset.name} has no {split} split: add ';{split}=SOURCE' to the task")
+    names, empty = _names(source, config.data)
+    if not dataset.classes:
+        return None
+    wanted = classes.ClassList(dataset.classes, dataset.whose, dataset.labels, partial=dataset.whose in known.KNOWN)
+    return classes.match(source, names, wanted, empty)
 
 
 def labelled(dataset: Dataset, config: Config, split: str = "test") -> Iterator[dict[str, Any]]:
-    """Yields the batches of a split, with labels that index `dataset.classes`.
+    """Yields the batches of a split, with labels that index `dataset.classes`, and says how these were found.
 
     `mask` is also False for images of classes that are not part of the data set. Shows a progress bar on a terminal.
 
     Raises:
       UserError: the data set has no such split, the source has other classes, or an image has no valid label.
     """
-    source = getattr(dataset, split)
-    if not source:
-        raise UserError(f"{dataset.name} has no {split} split: add ';{split}=SOURCE' to the task")
-    opened = sources.open_source(source, config.data)
-    class_index = map_labels(source, opened.class_names, dataset)
-    for batch in batches(source, config):
+    found, source = match(dataset, config, split), getattr(dataset, split)
+    seen = dataset.seen if split == "test" else Seen()
+    _say_once(f"{source}: {found.how}" if found else f"{source}: labels are numbers; it has no class names")
+    for batch in batches(source, config, seen=seen):
         label, mask = batch["label"], batch["mask"]
-        outside = mask & ((label < 0) | (label >= len(class_index)) if len(class_index) else label < 0)
+        outside = mask & (label < 0)
+        if found:
+            inside = (label >= 0) & (label < len(found.index))
+            mapped = np.where(inside, found.index[np.where(inside, label, 0)], -1).astype(np.int32)
+            # Only classes that have a name can be told to be outside the data set.
+            outside |= mask & (~inside | ((mapped < 0) & (not found.ignores)))
         if outside.any():
             key, value = batch["keys"][outside.argmax()], label[outside.argmax()]
-            problem = "has no label" if value < 0 else f"has label {value}, outside the {len(class_index)} classes"
+            problem = f"has label {value}, outside the {len(dataset.classes)} classes"
+            if value < 0:
+                problem = "has no label; the test splits of some data sets have -1 instead, and cannot be scored"
             raise UserError(
                 f"{source!r}: {outside.sum()} of {mask.sum()} images of a batch: the first, {key}, {problem}"
             )
-        if len(class_index):
-            label = np.where(mask, class_index[np.where(mask, label, 0)], -1).astype(np.int32)
-        yield batch | {"label": label, "mask": mask & (label >= 0)}
+        if found:
+            label, used = mapped, mask & (mapped >= 0)
+            if others := int(mask.sum() - used.sum()):
+                seen.skipped[OTHER_CLASS] += others
+                seen.used -= others
+            mask = used
+        yield batch | {"label": label, "mask": mask}
 
 
-def batches(source: str, config: Config, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
-    """Yields the batches of `pipeline.eval_dataset` with a progress bar, and warns about images that cannot be used."""
+@functools.cache
+def _say_once(line: str) -> None:
+    say(line)
+
+
+def batches(
+    source: str, config: Config, *, with_text: bool = False, seen: Seen | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields the batches of `pipeline.eval_dataset` with a progress bar, and counts and warns of unusable images."""
     opened = sources.open_source(source, config.data)
     total = len(opened) if opened.at_once > 1 else None  # the number of records in shards is not known in advance
-    read = used = 0
+    seen, skipped = Seen() if seen is None else seen, collections.Counter()
     with Progress(shortened(source), total, " images") as bar:
         for batch in pipeline.eval_dataset(source, config, with_text=with_text):
+            skipped.update(filter(None, batch["bad"]))
+            seen.used += int(batch["mask"].sum())
             yield batch
-            read, used = read + sum(map(bool, batch["keys"])), used + batch["mask"].sum()
             bar.update(config.eval.batch_size)
-    if used < read:
-        _log.warning("%s: %d of the %d images that this process read cannot be used", source, read - used, read)
+    seen.skipped.update(skipped)
+    if skipped:
+        _log.warning("%s: %s of the images that this process read", source, Seen(skipped=skipped).skipped_text())
 
 
 class Progress(tqdm):
@@ -173,43 +260,3 @@ class Progress(tqdm):
 def shortened(name: str) -> str:
     """Cuts the paths in a data set's name, or in a task's, to their ends, which tell them apart."""
     return re.sub(r"(?<=:)(?=[^;]{44})[^;]+?(?=/[^;]{0,36}(;|$))", "...", name)
-
-
-def map_labels(source: str, names: Sequence[str] | None, dataset: Dataset) -> np.ndarray:
-    """Returns the index in `dataset.classes` of each label of a source, -1 for classes outside the data set.
-
-    `names` are the source's class names. Classes of a known data set are matched by name. They are matched by order if
-    the source has no names or the same number of classes and: it is a tar, its names are numbers, or it is a folder
-    none of whose names is that of a class.
-
-    Raises:
-      UserError: the source has other classes.
-    """
-    count, kind, own = len(dataset.classes), source.partition(":")[0], dataset.name not in known.KNOWN
-    if not names or not count or _spaced(names) == dataset.classes or (own and len(names) == count):
-        return np.arange(count)
-    label_of = {_simplified(name): label for label, name in enumerate(names)}
-    recorded = [[_simplified(name) for name in wanted] for wanted in (dataset.labels, dataset.classes)]
-    for wanted in recorded:
-        unambiguous = len(label_of) == len(names) and len(set(wanted)) == count
-        if wanted and unambiguous and label_of.keys() >= set(wanted):
-            class_index = np.full(len(names), -1)
-            class_index[[label_of[name] for name in wanted]] = np.arange(count)
-            return class_index
-    numbered = list(names) == [str(i) for i in range(count)]
-    no_match = kind == "folder" and not label_of.keys() & {*recorded[0], *recorded[1]}
-    if len(names) == count and (kind == "webdataset" or numbered or no_match):
-        return np.arange(count)
-    raise UserError(
-        f"{source!r} has other classes than {dataset.name}: {len(names)} ({', '.join(names[:3])} ...), wanted {count} "
-        f"({', '.join((dataset.labels or dataset.classes)[:3])} ...)"
-    )
-
-
-def _spaced(names: Iterable[str] | None) -> tuple[str, ...]:
-    return tuple(name.replace("_", " ") for name in names or ())
-
-
-def _simplified(name: str) -> str:
-    """Keeps lower-case letters and digits only: case and punctuation differ between copies of a data set."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -58,10 +58,13 @@ def features(encoder: Encoder, dataset: Dataset, config: Config, split: str) -> 
 
 def both_splits(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[tuple, tuple, int]:
     """Returns the `features` of the training split and of the test split, and the number of classes."""
+    dataset = datasets.with_training_names(dataset, config)
     train, test = (features(encoder, dataset, config, split) for split in ("train", "test"))
     if len(np.unique(train[1])) < 2:
         raise UserError(f"{dataset.name}: all {len(train[1])} images of {dataset.train!r} are of one class")
-    return train, test, len(dataset.classes) or max(train[1].max(), test[1].max()) + 1
+    classes = len(dataset.classes) or max(train[1].max(), test[1].max()) + 1
+    dataset.note_classes(np.bincount(test[1], minlength=classes))
+    return train, test, classes
 
 
 def place(mesh: Mesh, x_NxD: np.ndarray, label_N: np.ndarray) -> Rows:

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from flip_jax.config import Config
-from flip_jax.data import sources
-from flip_jax.evaluators import datasets, known
+from flip_jax.evaluators import class_file, datasets, known
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.runtime import UserError
 
@@ -41,19 +40,18 @@ def labels(dataset: Dataset, config: Config) -> None:
 
 
 def train_split(dataset: Dataset, config: Config) -> None:
-    """Requires a training split that can be opened."""
+    """Requires a training split whose classes are those of the test split."""
     if not dataset.train:
         raise UserError(f"{dataset.name} has no train split: add ';train=SOURCE' to the task")
-    sources.open_source(dataset.train, config.data)
+    dataset = datasets.with_training_names(dataset, config)
+    for split in ("train", "test"):
+        datasets.match(dataset, config, split)
 
 
 def class_names(dataset: Dataset, config: Config) -> None:
     """Requires distinct class names that fit the test source."""
     if not dataset.classes:
-        raise UserError(
-            f"{dataset.test!r} has no class names: config.eval.classnames must be a file with one name per line or a "
-            "JSON list"
-        )
+        raise UserError(f"{dataset.test!r} has no class names. {class_file.WANTED}")
     repeated = list((Counter(dataset.classes) - Counter(set(dataset.classes))).elements())
     # Known data sets may repeat names, because CLIP does: ImageNet has two classes called "missile".
     if repeated and not dataset.labels:
@@ -61,7 +59,7 @@ def class_names(dataset: Dataset, config: Config) -> None:
             f"{len(repeated)} of the {len(dataset.classes)} class names are repeated, first {repeated[0]!r}: give "
             "distinct names in a file (config.eval.classnames)"
         )
-    datasets.map_labels(dataset.test, dataset.test_names, dataset)
+    datasets.match(dataset, config)
 
 
 def prompts(dataset: Dataset, config: Config) -> None:

@@ -111,14 +111,12 @@ def embed(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[np.ndarra
       UserError: no usable image has a caption.
     """
     images, captions = [], []
-    for batch in datasets.batches(dataset.test, config, with_text=True):
+    for batch in datasets.batches(dataset.test, config, with_text=True, seen=dataset.seen):
         embedded = multihost_utils.process_allgather(encoder.encode_image(batch["image"], config.eval.mask), tiled=True)
         own = [texts if real else None for texts, real in zip(batch["texts"], batch["mask"], strict=True)]
         rows = [texts for process in _from_all(own) for texts in process]
         images.append(embedded[[texts is not None for texts in rows]])
         captions += [texts for texts in rows if texts is not None]
-    # CLIP_benchmark's tars hold the captions of an image as the lines of one file.
-    captions = [[line for text in texts for line in text.splitlines() if line.strip()] for texts in captions]
     texts = [text for texts in captions for text in texts]
     if not texts:
         raise UserError(f"{dataset.test!r}: none of its {len(captions)} usable images has a caption")

@@ -76,13 +76,13 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
     """Yields the accuracies over the whole test split, the data set's own metric first."""
     classes = class_embeddings(encoder, dataset.classes, dataset.templates, config.eval.batch_size)
     count = jax.jit(count_hits, out_shardings=NamedSharding(encoder.mesh, PartitionSpec()))
-    hits, read = np.zeros((3, len(classes)), np.int64), 0
+    hits = np.zeros((3, len(classes)), np.int64)
     for batch in datasets.labelled(dataset, config):
-        read += sum(map(bool, batch["keys"]))
         label, real = sharding.to_devices(encoder.mesh, batch["label"], batch["mask"])
         hits += jax.device_get(count(encoder.encode_image(batch["image"], config.eval.mask), label, real, classes))
     if not hits[2].sum():
-        raise UserError(f"none of the {read} images of {dataset.test!r} that this process read can be used")
+        raise UserError(f"none of the images of {dataset.test!r} can be used: {dataset.seen.skipped_text()}")
+    dataset.note_classes(hits[2])
     values = accuracies(hits, dataset.metric)
     say(f"{datasets.shortened(dataset.name)}: {summary(values['top1'], values['top5'], len(classes))}")
     yield from values.items()

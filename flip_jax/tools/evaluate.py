@@ -12,7 +12,9 @@ import pathlib
 import re
 import sys
 import time
+import traceback
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 from matplotlib.figure import Figure
@@ -24,6 +26,7 @@ from flip_jax.runtime import UserError
 from flip_jax.tools import options
 
 EXAMPLE = "flip evaluate --model=runs/b16 --tasks=zeroshot/imagenet,retrieval/coco --json=b16.json"
+SHOWN = 10  # classes named in a line
 Results = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}, the headline first
 
 
@@ -34,13 +37,21 @@ def change_settings(config: Config, changes: Mapping[str, object], shards: int) 
     return config_check.from_flat(flat)
 
 
-def evaluate(encoder: inference.Encoder, config: Config) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Return the metrics of each task, and the errors of the tasks that could not run.
+class Outcome(NamedTuple):
+    """What the tasks gave, by task: metrics, what became of the images, and the errors of tasks that did not run."""
+
+    results: dict[str, dict[str, float]]
+    images: dict[str, dict[str, Any]]
+    errors: dict[str, str]
+
+
+def evaluate(encoder: inference.Encoder, config: Config) -> Outcome:
+    """Run all tasks. One that fails never ends the others; an error that is no user's mistake keeps its trace.
 
     Raises:
       known.Unknown: no evaluator or data set has this name.
     """
-    results, errors = {}, {}
+    results, images, errors = outcome = Outcome({}, {}, {})
     for task in evaluators.tasks(config):
         try:
             evaluators.find(task, config)
@@ -54,34 +65,50 @@ def evaluate(encoder: inference.Encoder, config: Config) -> tuple[dict[str, dict
             continue
         start = time.perf_counter()
         try:
-            results[task] = evaluators.evaluate(encoder, task, config)
-        except UserError as error:
+            results[task], images[task] = evaluators.evaluate_and_count(encoder, task, config)
+        except Exception as error:
             if jax.process_count() > 1:  # the other processes are waiting for this one in a step
                 raise
-            errors[task] = str(error)
-            _say(f"failed: {task}: {error}", sys.stderr)
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            errors[task] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            _say(f"failed: {task}: {errors[task]}", sys.stderr)
         else:
             _say(f"{datasets.shortened(task)}: {time.perf_counter() - start:,.0f} s", sys.stderr)
-    return results, errors
+    return outcome
 
 
-def table(results: Results) -> str:
-    """Format a table for each evaluator: a row per task, headlines marked by a star, and their mean."""
+def table(results: Results, images: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format a table for each evaluator: a row per task, headlines marked by a star, and their mean.
+
+    The last column is the number of images used; lines below have those that were skipped and classes without any.
+    """
     blocks, means = [], evaluators.means(results)
     for name in dict.fromkeys(task.partition("/")[0] for task in results):
         tasks = {task.partition("/")[2]: metrics for task, metrics in results.items() if task.startswith(f"{name}/")}
         columns = sorted({metric for metrics in tasks.values() for metric in metrics}, key=_natural)
-        rows = [[name, *columns]]
+        rows = [[name, *columns, "images"]]
         short = {task: datasets.shortened(task) for task in tasks}
         short = short if len(set(short.values())) == len(short) else dict(zip(tasks, tasks, strict=True))
         for task, metrics in tasks.items():
             headline = next(iter(metrics))
             cells = (f"{metrics[c]:.2f}{'*' if c == headline else ' '}" if c in metrics else "" for c in columns)
-            rows.append([short[task], *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+            rows.append([short[task], *cells, f"{images[f'{name}/{task}']['images']:,}"])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 2)]
         lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-        blocks.append("\n".join([*map(str.rstrip, lines), f"mean of *: {means[f'{name}/mean']:.2f}"]))
+        notes = [f"{task}: {note}" for task in tasks for note in _notes(images[f"{name}/{task}"])]
+        blocks.append("\n".join([*map(str.rstrip, lines), f"mean of *: {means[f'{name}/mean']:.2f}", *notes]))
     return "\n\n".join(blocks)
+
+
+def _notes(images):
+    """Yield a line for skipped images and one for classes without images."""
+    if skipped := images["skipped"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
+        yield f"{sum(skipped.values()):,} images skipped ({kinds})"
+    if empty := images["classes_without_images"]:
+        more = f" ... ({len(empty)})" if len(empty) > SHOWN else ""
+        yield f"classes without images: {', '.join(empty[:SHOWN])}{more}"
 
 
 def _natural(name):
@@ -154,25 +181,29 @@ def main(arguments: argparse.Namespace) -> int:
     if not evaluators.tasks(config):
         raise UserError("--tasks is empty, and the run has no tasks of its own: give EVALUATOR/DATASET")
     with jax.set_mesh(encoder.mesh):
-        results, errors = evaluate(encoder, config)
+        outcome = evaluate(encoder, config)
     if jax.process_index() == 0:
-        _report(arguments, config, results, errors)
-    return 1 if errors else 0
+        _report(arguments, config, *outcome)
+    return 1 if outcome.errors else 0
 
 
-def _report(arguments, config, results, errors):
+def _report(arguments, config, results, images, errors):
     if results:
-        print(f"\n{table(results)}\n")
+        print(f"\n{table(results, images)}\n")
     report = {
         "model": str(checkpoint.newest(arguments.model)),
         "results": results,
         "means": evaluators.means(results),
+        "images": images,
         "errors": errors,
         "eval": dataclasses.asdict(config.eval) | {"tasks": evaluators.tasks(config)},
     }
     if arguments.json:
         options.write_text("--json", pathlib.Path(arguments.json), json.dumps(report, indent=1) + "\n")
     if arguments.chart and results:
-        draw(results, pathlib.Path(arguments.chart))
-    for error in errors.values():
-        print(f"error: {error}", file=sys.stderr)
+        try:
+            draw(results, pathlib.Path(arguments.chart))
+        except (OSError, ValueError) as reason:  # a folder that cannot be written, an extension matplotlib cannot draw
+            raise UserError(f"--chart {arguments.chart!r} cannot be written ({reason}): use another path") from reason
+    for task, error in errors.items():
+        print(f"error: {error if error.startswith(task) else f'{task}: {error}'}", file=sys.stderr)

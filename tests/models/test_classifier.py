@@ -205,7 +205,7 @@ def test_a_classifier_reads_no_text(tuned, shards):
         evaluators.find(f"classify/webdataset:{shards}/*.tar", helpers.CONFIG)
     encoder = inference.load(tuned[1])
     settings = dataclasses.replace(encoder.config, finetune=dataclasses.replace(PLAIN, classes=5))
-    with pytest.raises(ValueError, match="has label 7, but the model has only 5 classes"):
+    with pytest.raises(ValueError, match="has label [5-7], outside the 5 classes"):
         evaluators.evaluate(encoder, f"classify/webdataset:{shards}/*.tar", settings)
 
 

@@ -127,14 +127,20 @@ def test_the_table_has_the_mean_of_the_headlines_of_each_evaluator():
         "zeroshot/cifar10": {"top1": 80.0, "mean_per_class": 79.0},
         "retrieval/coco": {"mean_recall": 12.346, "text_recall@1": 10.0},
     }
-    assert evaluate.table(results).splitlines() == [
-        "zeroshot  mean_per_class    top1",
-        "pets              40.00*  50.00",
-        "cifar10           79.00   80.00*",
+    none = {"images": 1000, "skipped": {}, "classes_without_images": []}
+    images = dict.fromkeys(results, none) | {
+        "zeroshot/pets": {"images": 7, "skipped": {"no image": 1, "too large": 2}, "classes_without_images": ["Sphynx"]}
+    }
+    assert evaluate.table(results, images).splitlines() == [
+        "zeroshot  mean_per_class    top1  images",
+        "pets              40.00*  50.00        7",
+        "cifar10           79.00   80.00*   1,000",
         "mean of *: 60.00",
+        "pets: 3 images skipped (1 no image, 2 too large)",
+        "pets: classes without images: Sphynx",
         "",
-        "retrieval  mean_recall  text_recall@1",
-        "coco            12.35*         10.00",
+        "retrieval  mean_recall  text_recall@1  images",
+        "coco            12.35*         10.00    1,000",
         "mean of *: 12.35",
     ]
 
@@ -148,7 +154,9 @@ def test_long_paths_are_cut_where_that_leaves_them_different():
         ),
         ((f"/birds{same}", f"/cars{same}"), [f"folder:/birds{same}", f"folder:/cars{same}"]),
     ):
-        lines = evaluate.table({f"zeroshot/folder:{end}": {"top1": 1.0} for end in ends}).splitlines()
+        results = {f"zeroshot/folder:{end}": {"top1": 1.0} for end in ends}
+        images = dict.fromkeys(results, {"images": 9, "skipped": {}, "classes_without_images": []})
+        lines = evaluate.table(results, images).splitlines()
         assert [line.split()[0] for line in lines[1:3]] == shown
 
 
@@ -156,10 +164,11 @@ def test_on_eight_devices_the_numbers_are_the_same(evaluated, model, tasks):
     encoder = flip_jax.load(model, jax.devices())
     settings = evaluate.change_settings(encoder.config, {"eval.tasks": list(tasks[1]), "eval.batch_size": 12}, 8)
     with jax.set_mesh(encoder.mesh):
-        results, errors = evaluate.evaluate(encoder, settings)
+        results, images, errors = evaluate.evaluate(encoder, settings)
     assert not errors and settings.eval.batch_size == 16
     expected = json.loads((evaluated[1] / "all.json").read_text())["results"]
     assert {task: pytest.approx(values) for task, values in expected.items()} == results
+    assert {task: seen["images"] for task, seen in images.items()} == dict.fromkeys(tasks[1], IMAGES)
 
 
 @pytest.mark.slow
@@ -169,7 +178,7 @@ def test_in_two_processes_of_four_devices_the_numbers_are_the_same(evaluated, mo
     encoder = flip_jax.load(model, jax.devices()[:1])
     with jax.set_mesh(encoder.mesh):
         settings = evaluate.change_settings(encoder.config, {"eval.tasks": probes, "eval.batch_size": 16}, 1)
-        expected, _ = evaluate.evaluate(encoder, settings)
+        expected = evaluate.evaluate(encoder, settings).results
     expected |= json.loads((evaluated[1] / "all.json").read_text())["results"]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

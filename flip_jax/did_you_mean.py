@@ -1,4 +1,11 @@
-"""What open_clip and others call a setting, and its name here; read only to word an error."""
+"""What a mistyped recipe, setting or option may mean, and the words of other programs; imported only by errors."""
+
+import difflib
+import glob
+import os
+
+from flip_jax.config import Config
+from flip_jax.config_check import flatten
 
 # Word -> the setting, "" where there is none, and how the value translates.
 SETTINGS: dict[str, tuple[str, str]] = {
@@ -36,12 +43,51 @@ SETTINGS: dict[str, tuple[str, str]] = {
 }
 
 
-def hint(word: str) -> str | None:
+def word(name: str) -> str | None:
     """Returns what to give in place of a word of another program, None for a word that is not known."""
-    found = SETTINGS.get(word.lower().replace("-", "_"))
+    found = SETTINGS.get(name.lower().replace("-", "_"))
     if not found:
         return None
     key, translation = found
     if not key:
         return translation
     return f"did you mean --config.{key}" + (f" ({translation})?" if translation else "?")
+
+
+def setting(key: str) -> str:
+    """Returns the end of the error about an unknown setting; empty if none is like it."""
+    if hint := word(key):
+        return f"; {hint}"
+    known = flatten(Config())
+    alike = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
+    near = alike or difflib.get_close_matches(key, [*known, *(name.rpartition(".")[0] for name in known)], n=1)
+    hint = " or ".join(f"config.{name}" for name in near)
+    return f"; did you mean {hint}?" if hint else ""
+
+
+def option(name: str) -> str:
+    """Returns what an unknown option of main.py may mean."""
+    if hint := word(name):
+        return hint
+    settings = {key.rpartition(".")[2]: f"--config.{key}" for key in flatten(Config())}
+    options = {option: f"--{option}" for option in ("workdir", "distributed", "coordinator")}
+    near = difflib.get_close_matches(name.replace("-", "_"), [*options, *settings], n=1)
+    return f"did you mean {(settings | options)[near[0]]}?" if near else "settings are given as --config.KEY=VALUE"
+
+
+def recipes() -> dict[str, str]:
+    """Returns the path of each recipe in configs/, and the first line of its docstring."""
+    paths = (path for path in sorted(glob.glob("configs/*.py")) if os.path.basename(path)[0] != "_")
+    lines = {}
+    for path in paths:
+        if path != os.path.join("configs", "common.py"):
+            with open(path, encoding="utf-8") as file:
+                lines[path] = file.readline().strip('"\n')
+    return lines
+
+
+def recipe(path: str) -> str:
+    """Returns the recipe that a path may mean, or all of them."""
+    names = [os.path.basename(path).removesuffix(".py") for path in recipes()]
+    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), names, n=1)
+    return f"did you mean configs/{near[0]}.py?" if near else f"the recipes are {', '.join(names)} in configs/"
