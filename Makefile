@@ -14,7 +14,6 @@ $(VENV)/installed: setup.py
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m flip_jax.data.emoji --data_dir=$(DEMO)/data
 	$(BIN)/python main.py --config=configs/flip_emoji.py --workdir=$(DEMO)/run --config.data.tfds_dir=$(DEMO)/data
 	$(BIN)/flip report --model=$(DEMO)/run \
 		--queries="red heart,dog face,pizza,flag of Japan,rocket,guitar,crying face,soccer ball"

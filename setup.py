@@ -1,10 +1,15 @@
 """Package metadata; tool settings are in pyproject.toml."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+INIT = (pathlib.Path(__file__).parent / "flip_jax" / "__init__.py").read_text(encoding="utf-8")
 
 setup(
     name="flip_jax",
-    version="0.2.0",
+    version=re.search('__version__ = "(.+)"', INIT)[1],
     description="FLIP: fast language-image pre-training with masked patches, in JAX",
     license="Apache-2.0",
     packages=find_packages(include=["flip_jax", "flip_jax.*"]),

@@ -8,13 +8,6 @@ from flip_jax import checkpoint, config_check, evaluators, inference, train
 from flip_jax.config import Config
 
 TASK = "zeroshot/emoji"
-SAMPLES = 25_600  # per run of the ablations
-# The batch doubles from mask to mask, and the learning rate with it, as in the paper's table 1a.
-MASKS = {
-    "mask 0": "model.image.mask_ratio=0,global_batch_size=128",
-    "mask 0.5": "model.image.mask_ratio=0.5,global_batch_size=256",
-    "mask 0.75": "model.image.mask_ratio=0.75,global_batch_size=512",
-}
 
 
 def settings(samples: int, changes: str, seed: int, workdir: pathlib.Path) -> Config:

@@ -103,7 +103,7 @@ def format_settings(settings: Settings) -> str:
 def compile_recipe(recipe: str, topology: str, settings: Settings) -> dict[str, Any]:
     """Compile a recipe with changed settings for a topology."""
     print(f"{recipe} on {topology}, {format_settings(settings)}", file=sys.stderr, flush=True)
-    changes = ",".join(f"{key}={value}" for key, value in settings.items())
+    changes = ",".join(f"{key}={value}" for key, value in {"microbatches": 1, **settings}.items())
     config = config_check.from_config_dict(importlib.import_module(f"configs.{recipe}").get_config(changes))
     return aot.analyse(config, topology)
 

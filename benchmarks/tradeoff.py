@@ -1,8 +1,8 @@
 """Run the paper's figure 1 at laptop size: python -m benchmarks.tradeoff --workdir=DIR [--measure]
 
-Trains a FLIP on the embedded emoji at mask 0, 0.5 and 0.75 for several lengths each, and draws the zero-shot accuracy
-on another vendor's drawings against training time. A result is a line of --results and is not trained again; a stopped
-run resumes from its checkpoint. Equal runs of --ablations (docs/ablations.jsonl) are reused.
+Trains a FLIP on the embedded emoji at mask 0, 0.5 and 0.75 for several lengths each, all with the same batch, and draws
+the zero-shot accuracy on another vendor's drawings against training time. A result is a line of --results and is not
+trained again; a stopped run resumes from its checkpoint. All runs of one seed come before the next seed.
 
 The time of a run is its number of steps times the seconds per step. --measure takes these on a machine that should be
 otherwise idle: the three settings in turn, round after round, with the input pipeline. The median over all rounds of
@@ -25,22 +25,20 @@ from flip_jax.config import Config
 from flip_jax.data import emoji, pipeline
 from flip_jax.data.tokenizer import Tokenizer
 
-# Masked runs are longer: a sample costs them less. An accelerator trains a larger model, and for longer.
-LENGTHS = {"mask 0": (1, 2, 4, 8), "mask 0.5": (4, 8, 16), "mask 0.75": (4, 8, 16)}
-LARGE = (
-    ",model.image.width=384,model.image.depth=12,model.image.heads=6,model.text.width=256,model.text.depth=4"
-    ",model.text.heads=4,model.embed_dim=256,model.dtype=bfloat16,model.unroll=false,optim.base_learning_rate=5e-4"
-)
-SIZES = {"small": ("", 6_400), "large": (LARGE, 51_200)}  # (changed settings, samples of the shortest run)
+RECIPE = "RECIPE_HERE"
+MASKS = {"mask 0": 0, "mask 0.5": 0.5, "mask 0.75": 0.75}
+# Samples of each run. Masked runs are longer: a sample costs them less.
+LENGTHS = {"mask 0": (LEN0), "mask 0.5": (LEN5), "mask 0.75": (LEN75)}
 ROUNDS, TURN = 4, 4096  # rounds of a measurement, samples of a turn
 PAPER = 3.7  # L/16 on LAION-400M, 256 TPU v3 cores; figure 1
+TICKS = (5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # seconds
 HEADER = """# Accuracy against time
 
 Written by `python -m benchmarks.tradeoff --workdir=DIR`: the paper's figure 1 with a FLIP of {width} x {depth} layers
-on 64 px emoji, zero-shot on the 1,890 classes of another vendor's drawings, in percent, mean and standard deviation
-over seeds. Batches of 128, 256 and 512 at mask 0, 0.5 and 0.75, as in the paper's table 1a; each length is its own run
-with its own schedule. Time is the number of steps times the median step time, input pipeline included, over {rounds}
-rounds in alternation on {device}: {steps}.
+on emoji of {pixels} px in {patches} patches, zero-shot on the 1,890 classes of another vendor's drawings, in percent,
+mean and standard deviation over seeds. The batch is {batch} for every mask, as are optimizer and learning rate; each
+length is its own run with its own schedule. Time is the number of steps times the median step time, input pipeline
+included, over {rounds} rounds in alternation on {device}: {steps}.
 Compiling, evaluating and saving are not counted.
 
 ![Accuracy against time](images/tradeoff.png)
@@ -50,11 +48,11 @@ Compiling, evaluating and saving are not counted.
 """
 SPEED_UP = """
 Speed-up: the time of the longest unmasked run over the time in which a masked one reaches its accuracy, by linear
-interpolation between the means; in brackets each seed by itself. The paper's {paper} is for L/16 on LAION-400M at its
-baseline's best accuracy.
+interpolation between the means; in brackets each seed by itself. Cost: the time of an unmasked step over that of a
+masked one. The paper's {paper} is for L/16 on LAION-400M at its baseline's best accuracy.
 
-| mask | at top-1 | at top-5 | paper |
-|---|---|---|---|
+| mask | at top-1 | at top-5 | cost | paper |
+|---|---|---|---|---|
 """
 
 
@@ -103,63 +101,56 @@ def step_seconds(settings: dict[str, Config]) -> dict[str, list[float]]:
     return seconds
 
 
-def settings(size: str, run: str, samples: int, seed: int, workdir: pathlib.Path) -> Config:
+def settings(run: str, samples: int, seed: int, workdir: pathlib.Path) -> Config:
     """Return the settings of one training run."""
-    return emoji_runs.settings(samples, emoji_runs.MASKS[run] + SIZES[size][0], seed, workdir)
+    return emoji_runs.settings(samples, f"{RECIPE},model.image.mask_ratio={MASKS[run]}", seed, workdir)
 
 
-def missing(scores: list[dict], size: str, seeds: int) -> list[tuple[str, int, int]]:
-    """Return (run, samples, seed) of all runs without a result: cheap ones first, those of ablations.py last."""
-
-    def order(run: tuple[str, int, int]) -> tuple[bool, float, tuple[str, int, int]]:
-        return run[1] == emoji_runs.SAMPLES, run[1] * (1 - float(run[0].removeprefix("mask "))), run
-
-    runs = {
-        (run, length * SIZES[size][1], seed)
-        for run, lengths in LENGTHS.items()
-        for length in lengths
-        for seed in range(seeds)
-    }
-    return sorted(runs - {(line["result"], line["samples"], line["seed"]) for line in scores}, key=order)
+def missing(scores: list[dict], seeds: int) -> list[tuple[str, int, int]]:
+    """Return (run, samples, seed) of all runs without a result: seed by seed, cheap ones first."""
+    done = {(line["result"], line["samples"], line["seed"]) for line in scores}
+    runs = [(run, samples, seed) for run in LENGTHS for samples in LENGTHS[run] for seed in range(seeds)]
+    return sorted(set(runs) - done, key=lambda run: (run[2], run[1] * (1 - MASKS[run[0]]), run))
 
 
-def read(results: pathlib.Path, ablations: pathlib.Path, size: str) -> tuple[list[dict], list[dict]]:
+def read(results: pathlib.Path) -> tuple[list[dict], list[dict]]:
     """Return all accuracies, and all measurements of step times."""
-    lines = [line for line in pages.read(results) if line["size"] == size]
-    scores = [line for line in lines if line["result"] in emoji_runs.MASKS]
-    if size == "small":
-        shared = pages.read(ablations)
-        scores += [line | {"samples": emoji_runs.SAMPLES} for line in shared if line["result"] in emoji_runs.MASKS]
+    lines = pages.read(results)
+    scores = [line for line in lines if line["result"] in MASKS]
     return scores, [line for line in lines if line["result"] == "step seconds"]
 
 
-def show(scores: list[dict], measured: list[dict], size: str, table: pathlib.Path, chart: pathlib.Path) -> None:
+def show(scores: list[dict], measured: list[dict], table: pathlib.Path, chart: pathlib.Path) -> None:
     """Write the table and draw the chart of the results so far, once step times are known."""
     if not (scores and measured):
         return
-    seconds = {run: float(np.median([t for line in measured for t in line[run]])) for run in emoji_runs.MASKS}
-    runs = {run: settings(size, run, SIZES[size][1], 0, pathlib.Path()) for run in emoji_runs.MASKS}
-    image = runs["mask 0"].model.image
+    seconds = {run: float(np.median([t for line in measured for t in line[run]])) for run in MASKS}
+    config = settings("mask 0", 1, 0, pathlib.Path())
+    image = config.model.image
     text = HEADER.format(
         width=image.width,
         depth=image.depth,
-        steps=", ".join(f"{1000 * seconds[run]:.0f} ms at {run}" for run in runs),
+        pixels=image.image_size,
+        patches=(image.image_size // image.patch_size) ** 2,
+        batch=config.global_batch_size,
+        steps=", ".join(f"{1000 * seconds[run]:.0f} ms at {run}" for run in MASKS),
         rounds=sum(len(line["mask 0"]) for line in measured),
         device=measured[-1]["device"],
     )
-    curves = {key: {run: [] for run in runs} for key in ("top1", "top5")}  # (time, {seed: accuracy})
+    curves = {key: {run: [] for run in MASKS} for key in ("top1", "top5")}  # (time, {seed: accuracy})
     for run, samples in sorted({(line["result"], line["samples"]) for line in scores}):
         found = [line for line in scores if (line["result"], line["samples"]) == (run, samples)]
-        trained = samples // runs[run].global_batch_size * seconds[run]
+        trained = samples // config.global_batch_size * seconds[run]
         for key, curve in curves.items():
             curve[run].append((trained, {line["seed"]: line[key] for line in found}))
         top1, top5 = (pages.mean_and_spread([line[key] for line in found]) for key in curves)
         text += f"| {run.removeprefix('mask ')} | {samples:,} | {trained:.0f} | {top1} | {top5} | {len(found)} |\n"
     if curves["top1"]["mask 0"]:
         text += SPEED_UP.format(paper=PAPER)
-        for run in list(runs)[1:]:
+        for run in list(MASKS)[1:]:
             ratios = (speed_ups(curve["mask 0"], curve[run]) for curve in curves.values())
-            text += f"| {run.removeprefix('mask ')} | {' | '.join(ratios)} | {PAPER} |\n"
+            cost = f"{seconds['mask 0'] / seconds[run]:.2f}"
+            text += f"| {run.removeprefix('mask ')} | {' | '.join(ratios)} | {cost} | {PAPER} |\n"
     pages.write(table, text)
     draw(curves, chart)
 
@@ -187,29 +178,41 @@ def speed_ups(baseline: Curve, masked: Curve) -> str:
 
 
 def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
-    """Draw accuracy against time, a panel per metric; the dashed line is the longest unmasked run's accuracy."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """Draw accuracy against time, a panel per metric; arrows show how much sooner the unmasked accuracy is reached."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for axes, (key, by_run) in zip(panels, curves.items(), strict=True):
         for run, curve in by_run.items():
-            if curve:
-                times, values = zip(*((seconds, list(found.values())) for seconds, found in curve), strict=True)
-                spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-                label = run
-                if run != "mask 0" and (ratio := speed_up(means(by_run["mask 0"]), means(curve))):
-                    label += f": {ratio:.2f}x faster"
-                axes.errorbar(times, [np.mean(v) for v in values], spread, marker="o", capsize=3, label=label)
-        axes.axhline(max(means(by_run["mask 0"]))[1], color="grey", linestyle="--", linewidth=0.8)
-        axes.set(xscale="log", xlabel="seconds of training", ylabel=f"zero-shot {key.replace('top', 'top-')} (%)")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(title=f"the paper: {PAPER}x")
+            if not curve:
+                continue
+            spread = [np.std(list(found.values()), ddof=1) if len(found) > 1 else 0 for _, found in curve]
+            times, values = zip(*means(curve), strict=True)
+            bars = axes.errorbar(times, values, spread, marker="o", capsize=3)
+            name = "not masked" if run == "mask 0" else f"{float(run.removeprefix('mask ')):.0%} masked"
+            place = {"xy": (times[-1], values[-1]), "xytext": (6, 4), "textcoords": "offset points"}
+            axes.annotate(name, **place, color=bars[0].get_color(), fontweight="bold")
+        end, accuracy = max(means(by_run["mask 0"]), default=(0, 0))
+        needed = {run: time_to(means(curve), accuracy) for run, curve in by_run.items() if run != "mask 0"}
+        if reached := [seconds for seconds in needed.values() if seconds]:
+            start = min(reached)
+            axes.annotate("", (start, accuracy), (end, accuracy), arrowprops={"arrowstyle": "->", "linewidth": 1.5})
+            label = f"{end / start:.1f}x faster (paper: {PAPER}x)"
+            axes.annotate(label, ((start * end) ** 0.5, accuracy), (0, 6), textcoords="offset points", ha="center")
+        axes.set(xscale="log", xlabel="training time", ylabel=f"zero-shot {key.replace('top', 'top-')} (%)")
+        low, high = axes.get_xlim()
+        ticks = [seconds for seconds in TICKS if low <= seconds <= high * 1.5]
+        axes.set_xticks(ticks, [f"{t} s" if t < 60 else f"{t // 60} min" for t in ticks])
+        axes.set_xlim(low, high * 1.8)  # room for the names
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def measure(results: pathlib.Path, size: str, workdir: pathlib.Path) -> None:
+def measure(results: pathlib.Path, workdir: pathlib.Path) -> None:
     """Append a line with the seconds per step."""
-    runs = {run: settings(size, run, SIZES[size][1], 0, workdir) for run in emoji_runs.MASKS}
-    line = {"result": "step seconds", "size": size, "device": own_step.device()} | step_seconds(runs)
+    runs = {run: settings(run, LENGTHS[run][0], 0, workdir) for run in MASKS}
+    line = {"result": "step seconds", "device": own_step.device()} | step_seconds(runs)
     pages.append(results, [line])
 
 
@@ -217,7 +220,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder for the runs and the data set")
     parser.add_argument("--results", type=pathlib.Path, default="docs/tradeoff.jsonl", help="one line per result")
-    parser.add_argument("--ablations", type=pathlib.Path, default="docs/ablations.jsonl", help="those of ablations.py")
     parser.add_argument("--table", type=pathlib.Path, default="docs/tradeoff.md", help="the page to write")
     parser.add_argument("--chart", type=pathlib.Path, default="docs/images/tradeoff.png", help="the chart to draw")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
@@ -225,26 +227,23 @@ def main() -> None:
     arguments = parser.parse_args()
     plt.switch_backend("agg")
     workdir, results = arguments.workdir.absolute(), arguments.results
-    size = "small" if jax.default_backend() == "cpu" else "large"
-    files = results, arguments.ablations
     emoji.prepare(str(workdir / "data"))
     if arguments.measure:
-        measure(results, size, workdir)
+        measure(results, workdir)
     else:
-        progress = tqdm(total=len(missing(read(*files, size)[0], size, arguments.seeds)), desc="runs")
-        while todo := missing(read(*files, size)[0], size, arguments.seeds):
+        progress = tqdm(total=len(missing(read(results)[0], arguments.seeds)), desc="runs")
+        while todo := missing(read(results)[0], arguments.seeds):
             run, samples, seed = todo[0]
-            config = settings(size, run, samples, seed, workdir)
-            path = workdir / size / run.replace(" ", "_") / str(samples) / str(seed)
+            config = settings(run, samples, seed, workdir)
+            path = workdir / run.replace(" ", "_") / str(samples) / str(seed)
             emoji_runs.fit(config, path)
             found = emoji_runs.score(inference.load(path), config)
-            line = {"result": run, "size": size, "samples": samples, "seed": seed} | found
-            pages.append(results, [line])
-            show(*read(*files, size), size, arguments.table, arguments.chart)
+            pages.append(results, [{"result": run, "samples": samples, "seed": seed} | found])
+            show(*read(results), arguments.table, arguments.chart)
             progress.update()
-        if not read(*files, size)[1]:
-            measure(results, size, workdir)
-    show(*read(*files, size), size, arguments.table, arguments.chart)
+        if not read(results)[1]:
+            measure(results, workdir)
+    show(*read(results), arguments.table, arguments.chart)
 
 
 if __name__ == "__main__":

@@ -19,4 +19,4 @@ def get_config(arg=None):
     config.finetune.classes = 1000
     config.eval.tasks = ("classify/imagenet",)
     config.eval.every_steps = 6255  # 5 epochs
-    return common.with_arg(config, arg, variants={})
+    return common.with_arg(config, arg, variants=common.LOCAL)

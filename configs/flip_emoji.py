@@ -23,4 +23,4 @@ def get_config(arg=None):
     config.eval.every_steps = 70
     config.checkpoint.every_steps = 70
     config.log.every_steps = 10
-    return common.with_arg(config, arg, variants={})
+    return common.with_arg(config, arg, variants=common.LOCAL)

@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+__version__ = "0.2.0"
 _MODULES = {
     "FLIP": "flip_jax.models.flip",
     "Config": "flip_jax.config",

@@ -3,6 +3,9 @@
 A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is complete.
 """
 
+import dataclasses
+import glob
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -13,16 +16,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import config_check
+from flip_jax import config_check, models
 from flip_jax.config import Config, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, hush_orbax
 
 _log = logging.getLogger(__name__)
+hush_orbax()
 
+LENGTHS = ("total_samples", "optim.cooldown_samples")
+# What fine-tuning takes from the model in `init_from`; the image size is the run's own.
+IMAGE_TOWER = ("width", "depth", "heads", "patch_size", "pool", "patch_bias", "positions", "pre_norm", "pixel_stats")
 RESIZED = ("image.pos_embed", "image.patch_kernel")  # what `read_params` resizes for a model that it starts
 
 
@@ -82,23 +90,38 @@ class Checkpoints:
     def check_config(self, config: Config):
         """Refuses to resume a run whose newest checkpoint was written with other settings.
 
-        A setting that did not exist yet counts as its default, which is what was done before there was a choice.
+        A setting that did not exist yet counts as its default, which is what was done before there was a choice. The
+        length may change while the learning rate has not depended on it yet.
 
         Raises:
           UserError: the settings that differ, both values.
         """
+        step, remedy = self.latest() or 0, ""
         recorded = _read_json(self.directory / str(self.latest()), "config")
         written = config_check.flatten(Config()) | config_check.current_names(recorded)
         differences = [
             f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
             for key, saved, ours in _differences(written, config_check.flatten(config))
             if not key.startswith(config_check.RESUMABLE_CHANGES)
+            and not (key == "data.train" and self._knows_data())
+            and not (key in LENGTHS and step * config.global_batch_size <= _fixed_samples(written, config))
         ]
+        if any(key in difference for key in LENGTHS for difference in differences):
+            remedy = (
+                "\nThe length of a run can change only with config.optim.schedule constant, before the old and the new "
+                f"cooldown begin; this run is at step {step}, schedule {written['optim.schedule']}."
+            )
         if differences:
             raise UserError(
                 f"{self.directory} holds checkpoints of a run with other settings:\n" + "\n".join(differences) + "\n"
                 "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)."
+                + remedy
             )
+
+    def _knows_data(self) -> bool:
+        """Tells whether the newest step says which files it was trained on; then `restore` compares those."""
+        states = (self.directory / str(self.latest()) / "data").iterdir()
+        return any("sources" in json.loads(path.read_text()) for path in states if path.name.endswith(".json"))
 
     def check_class_names(self, names: tuple[str, ...]):
         """Raises UserError if the labels of the training data meant other classes when the newest step was saved."""
@@ -123,9 +146,23 @@ class Checkpoints:
         self._manager.close()
 
 
+def _fixed_samples(written: Mapping[str, Any], config: Config) -> int:
+    """Counts the samples during which neither run's learning rate depends on its length (cosine: -1, always)."""
+    if written["optim.schedule"] != "constant" or config.optim.schedule != "constant":
+        return -1
+    old = written["total_samples"] - written["optim.cooldown_samples"]
+    return min(old, config.total_samples - config.optim.cooldown_samples)
+
+
 def _absolute(path: str | os.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    return path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    """Makes a path absolute. UserError if Orbax, which looks for its files by globs, could not read it back."""
+    path = epath.Path(path).expanduser()
+    path = path if path.is_absolute() else path.absolute()  # which makes a local path of gs://
+    if glob.has_magic(os.fspath(path)):
+        raise UserError(
+            f"{os.fspath(path)!r}: a checkpoint cannot be read from a path with [, * or ?; use another name"
+        )
+    return path
 
 
 def newest(path: str) -> epath.Path:
@@ -165,6 +202,30 @@ def read_config(step: epath.Path) -> Config:
     return config_check.from_flat(_read_json(step, "config"))
 
 
+def check_start(config: Config, step: epath.Path) -> None:
+    """Raises UserError, before anything is compiled, where the weights of a step cannot start this run."""
+    params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))[1])
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(step / "state").item_metadata["params"]
+    _compare(step, {name: part for name, part in params.items() if name != "head"}, saved, config.model)
+
+
+def with_tower_of(config: Config, step: epath.Path) -> Config:
+    """Returns the config of a fine-tuning with the image tower of a step's model."""
+    ours, theirs = config.model, read_config(step).model
+    image = {key: getattr(theirs.image, key) for key in IMAGE_TOWER}
+    taken = [f"{key} {value}" for key, value in image.items() if value != getattr(ours.image, key)]
+    if taken:
+        _log.info("the image tower of %s: %s", step, ", ".join(taken))
+    model = dataclasses.replace(
+        ours,
+        image=dataclasses.replace(ours.image, **image),
+        activation=theirs.activation,
+        norm_eps=theirs.norm_eps,
+    )
+    return config_check.from_flat(config_check.flatten(dataclasses.replace(config, model=model)))
+
+
 def read_tokenizer(step: epath.Path) -> Tokenizer | None:
     """Reads the tokenizer of a step's folder; None for a classifier, which reads no text."""
     content = _read_json(step, "tokenizer")
@@ -199,23 +260,9 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         saved = checkpointer.metadata(step / "state").item_metadata["params"]
-        ours, theirs = (
-            {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (params, saved)
-        )
-        resized = {}
-        if start_of:
-            if unused := {name.partition(".")[0] for name in theirs} - set(params):
-                _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
-            theirs = {name: shape for name, shape in theirs.items() if name.partition(".")[0] not in unused}
-            resized = {name: theirs[name] for name in RESIZED if name in theirs and theirs[name] != ours[name]}
-        differences = [
-            f"  {name}: checkpoint {saved_shape}, model {our_shape} (None: absent)"
-            for name, saved_shape, our_shape in _differences(theirs, ours)
-            if name not in resized
-        ]
-        if differences:
-            raise UserError(f"The weights in {step} do not fit config.model:\n" + "\n".join(differences))
+        unused, resized = _compare(step, params, saved, start_of)
+        if unused:
+            _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
 
         def as_saved(path, leaf):
             if (name := _name(path)) not in resized:
@@ -234,6 +281,32 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         restored = checkpointer.restore(step / "state", args=args)["params"]
         return jax.tree_util.tree_map_with_path(as_ours, params, restored)
+
+
+def _compare(step: epath.Path, params: Any, saved: Any, start_of: ModelConfig | None) -> tuple[set[str], dict]:
+    """Finds the parts of `saved` that `params` has no use for, and the shapes of weights to resize.
+
+    Raises:
+      UserError: names or shapes that differ otherwise.
+    """
+    ours, theirs = (
+        {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, saved)
+    )
+    unused: set[str] = set()
+    resized = {}
+    if start_of:
+        unused = {name.partition(".")[0] for name in theirs} - set(params)
+        theirs = {name: shape for name, shape in theirs.items() if name.partition(".")[0] not in unused}
+        resized = {name: theirs[name] for name in RESIZED if name in theirs and theirs[name] != ours[name]}
+    differences = [
+        f"  {name}: checkpoint {saved_shape}, model {our_shape} (None: absent)"
+        for name, saved_shape, our_shape in _differences(theirs, ours)
+        if name not in resized
+    ]
+    if differences:
+        raise UserError(f"The weights in {step} do not fit config.model:\n" + "\n".join(differences))
+    return unused, resized
 
 
 def _name(path: tuple[Any, ...]) -> str:

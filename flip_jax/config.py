@@ -80,13 +80,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. The peak learning rate is `base_learning_rate * global_batch_size / 256`."""
+    """The peak learning rate is `learning_rate`; where that is 0, `base_learning_rate * batch / 256`.
 
+    `schedule` "cosine" falls to 0 over the whole run (the paper); "constant" stays at the peak after the warm-up, until
+    it falls linearly to 0 over the last `cooldown_samples` (0: never), so a run's length can be changed until then.
+    """
+
+    name: str = "adamw"  # or "muon": matrices by Muon, embeddings, biases and norms by AdamW
     base_learning_rate: float = 4e-6
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.2
     mu_dtype: str = "float32"
+    learning_rate: float = 0.0
+    schedule: str = "cosine"
+    cooldown_samples: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +125,16 @@ class DataConfig:
     tfds_dir: str = ""
     vocab: str = ""
     captions: tuple[str, ...] = (
+        "txt",
         "caption",
         "captions",
         "title",
         "text",
+        "comment",
         "captions/text",
-        "txt",
-    )  # the first found
+    )  # the first found; "txt" is also the text file of a webdataset
+    image: str = ""  # column or feature that holds the images; empty: a usual name
+    allow_parent_paths: bool = False  # the paths in a CSV or Parquet file of your own may hold ".."
     shuffle_window: int = 10_000  # records that are held, still encoded, and shuffled
     interleave: int = 8  # shards read in parallel
     threads: int = 0  # decoding threads; 0: one per core
@@ -145,7 +156,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation every `every_steps` and at the end (0: never) by `tasks`, each EVALUATOR/DATASET.
+    """Evaluation every `every_steps` (0: only at the end) by `tasks`, each EVALUATOR/DATASET.
 
     EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.known.KNOWN`; NAME=SOURCE,
     where its images lie elsewhere; or SOURCE, as in `DataConfig.train`. Where something is fitted on a training split,
@@ -162,6 +173,11 @@ class EvalConfig:
     templates: tuple[str, ...] = ()
     batch_size: int = 256
     mask: str = "intact"
+
+    @property
+    def wanted(self) -> bool:
+        """Tells whether the run evaluates; without tasks it still draws for the trackers every `every_steps`."""
+        return bool(self.tasks or self.every_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +204,8 @@ class Config:
     global_batch_size: int = 65_536
     total_samples: int = 12_800_000_000
     warmup_samples: int = 51_200_000
-    microbatches: int = 1  # parts of the batch that are encoded one after the other; the loss compares the full batch
+    # Parts of the batch that are encoded one after the other; the loss compares the full batch. "auto": as few as fit.
+    microbatches: int | str = 1
     init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
     profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
     model: ModelConfig = ModelConfig()

@@ -1,7 +1,7 @@
 """Turns a recipe and the command line into a checked `Config`, or refuses them with the remedy."""
 
 import dataclasses
-import difflib
+import fractions
 import os
 import re
 import types
@@ -39,8 +39,51 @@ def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
       UserError: an unknown key, a value of the wrong type, or settings that contradict each other.
     """
     config = _build(Config, values.to_dict() if hasattr(values, "to_dict") else values, "")
+    home = os.path.expanduser  # the shell leaves "~" as it is in --config.KEY=~/PATH
+    data = dataclasses.replace(config.data, vocab=home(config.data.vocab), tfds_dir=home(config.data.tfds_dir))
+    evaluation = dataclasses.replace(config.eval, classnames=home(config.eval.classnames))
+    config = dataclasses.replace(config, init_from=home(config.init_from), data=data, eval=evaluation)
     _check(config)
     return config
+
+
+def integral(text: str) -> str:
+    """Turns 1e6 or 12.8e9, which people write for a number of samples, into digits; other texts stay as they are."""
+    if re.fullmatch(r"[\d._]+[eE]\+?\d+", text):
+        value = fractions.Fraction(text)  # exact, where a float has 16 digits
+        if value.denominator == 1:
+            return str(value.numerator)
+    return text
+
+
+def unknown(key: str) -> str | None:
+    """Returns the error text for an unknown key; None for a known one."""
+    return None if key in flatten(Config()) else f"config.{key} is unknown{_did_you_mean().setting(key)}"
+
+
+def _did_you_mean() -> types.ModuleType:
+    from flip_jax import did_you_mean  # only errors need it
+
+    return did_you_mean
+
+
+def find_recipe(text: str) -> tuple[str, str]:
+    """Splits "PATH[:ARG]" or "NAME[:ARG]" into the recipe's path and ARG; a name is one of configs/.
+
+    Raises:
+      UserError: there is no such file; the message names the nearest recipe.
+    """
+    path, _, arg = text.partition(":")
+    path = os.path.expanduser(path)
+    named = os.path.join("configs", f"{path.removesuffix('.py')}.py")
+    if os.path.isfile(path) or os.path.isfile(named):
+        return (path if os.path.isfile(path) else named), arg
+    raise UserError(f"--config={text}: there is no recipe {path!r}; {_did_you_mean().recipe(path)}")
+
+
+def run_name(path: str, arg: str) -> str:
+    """Names a run by its recipe and variants: flip_l16_runlocal for configs/flip_l16.py:runlocal,seed=1."""
+    return "_".join([os.path.basename(path).removesuffix(".py"), *(v for v in arg.split(",") if v and "=" not in v)])
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -57,11 +100,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 # What a checkpoint of an earlier version calls a setting, and its name today.
 RENAMED = {"model.temperature": "model.init_logit_scale"}
+OLD_CAPTIONS = ["caption", "captions", "title", "text", "captions/text", "txt"]  # the default of earlier versions
 
 
 def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the settings of an older checkpoint to their names of today."""
     current = {RENAMED.get(key, key): value for key, value in flat.items()}
+    if flat.get("data.captions") == OLD_CAPTIONS:
+        current["data.captions"] = list(Config().data.captions)
     if "model.temperature" in flat:  # values outside of today's range meant its bounds, to which the loss clips
         current["model.init_logit_scale"] = min(max(flat["model.temperature"], 1.0), 100.0)
     return current
@@ -77,17 +123,6 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
             node = node.setdefault(group, {})
         node[leaf] = value
     return from_config_dict(nested)
-
-
-def unknown(key: str) -> str | None:
-    """Returns the error text for an unknown key, with the settings that it may mean; None for a known key."""
-    known = flatten(Config())
-    if key in known:
-        return None
-    alike = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
-    near = alike or difflib.get_close_matches(key, [*known, *(name.rpartition(".")[0] for name in known)], n=1)
-    hint = " or ".join(f"config.{name}" for name in near)
-    return f"config.{key} is unknown" + (f"; did you mean {hint}?" if hint else "")
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -112,6 +147,11 @@ def _cast(hint: Any, value: Any, key: str) -> Any:
             if len(items) == len(value):
                 return tuple(_cast(item, v, key) for item, v in zip(items, value, strict=True))
         raise UserError(f"config.{key} must be {hint}, got {value!r}")
+    if isinstance(hint, types.UnionType):  # int | str: a number or "auto"
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if type(value) is int or value == "auto":
+            return value
+        raise UserError(f"config.{key} must be a whole number or 'auto', got {value!r}")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -133,11 +173,13 @@ _CHOICES = {
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
+    "optim.name": ("adamw", "muon"),
     "optim.mu_dtype": ("bfloat16", "float32"),
+    "optim.schedule": ("cosine", "constant"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
 _ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
-_ZERO_OR_MORE = ("model.decoder.weight", "finetune.mixup", "finetune.cutmix")
+_ZERO_OR_MORE = ("optim.learning_rate", "model.decoder.weight", "finetune.mixup", "finetune.cutmix")
 _RANGES = {
     **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
     **dict.fromkeys(_ZERO_OR_MORE, ("be at least 0", lambda x: x >= 0)),
@@ -146,7 +188,14 @@ _RANGES = {
     "finetune.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
     "finetune.label_smoothing": ("be in [0, 1)", lambda x: 0 <= x < 1),
 }
-_AT_LEAST_ZERO = ("warmup_samples", "eval.every_steps", "checkpoint.every_steps", "data.threads", "finetune.classes")
+_AT_LEAST_ZERO = (
+    "warmup_samples",
+    "optim.cooldown_samples",
+    "eval.every_steps",
+    "checkpoint.every_steps",
+    "data.threads",
+    "finetune.classes",
+)
 
 
 def _check(config: Config) -> None:
@@ -199,11 +248,21 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.warmup_samples {config.warmup_samples} must be less than total_samples {config.total_samples}"
         )
+    cooldown = config.optim.cooldown_samples
+    if cooldown and config.optim.schedule != "constant":
+        raise UserError(
+            f"config.optim.cooldown_samples {cooldown} needs config.optim.schedule 'constant', or set it to 0"
+        )
+    if config.warmup_samples + cooldown > config.total_samples:
+        raise UserError(
+            f"config.warmup_samples {config.warmup_samples} and optim.cooldown_samples {cooldown} are more than "
+            f"total_samples {config.total_samples}"
+        )
     for key, low, high in (("crop_area", 0, 1), ("crop_aspect", 0, float("inf"))):
         lo, hi = getattr(data, key)
         if not low < lo <= hi <= high:
             raise UserError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
-    if config.finetune.classes and (image.mask_ratio or config.microbatches > 1):
+    if config.finetune.classes and (image.mask_ratio or config.microbatches not in (1, "auto")):
         raise UserError(
             "config.finetune.classes: fine-tuning sees whole images, a batch at once; set model.image.mask_ratio 0 "
             f"and microbatches 1, got {image.mask_ratio} and {config.microbatches}"
@@ -216,6 +275,20 @@ def _check(config: Config) -> None:
     for template in config.eval.templates:
         if template.count("{}") != 1:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")
+
+
+def _normalised(argument: str) -> str:
+    """Finds the recipe, and writes a value as the settings' own parser takes it: 1e6 as 1000000, a,b as ('a','b')."""
+    name, equals, value = argument.partition("=")
+    key, known = name.lstrip("-").removeprefix("config."), flatten(Config())
+    if name.lstrip("-") == "config" and equals:
+        path, arg = find_recipe(value)
+        return f"{name}={path}:{arg}" if arg else f"{name}={path}"
+    if type(known.get(key)) is int:
+        return f"{name}={integral(value)}" if equals else name
+    if key == "data.captions" and "," in value and value[0] not in "([":
+        return f"{name}={tuple(value.split(','))!r}"
+    return argument
 
 
 def read_recipe(arguments: Sequence[str]) -> Config:
@@ -235,16 +308,14 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         )
     if "config" not in keys:
         raise UserError("--config=configs/NAME.py is missing; the recipes are in configs/")
-    recipe = re.sub("^.*?=", "", next(argument for argument in arguments if re.match("--?config=", argument)))
-    path = recipe.partition(":")[0]
-    if not os.path.isfile(path):
-        raise UserError(f"--config={recipe}: there is no recipe {path!r}; the recipes are in configs/")
-    argv, values = ["recipe", *arguments], flags.FlagValues()
+    argv, values = ["recipe", *map(_normalised, arguments)], flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)[1:]
         values.config.lock()  # a recipe that could not be read raises at its first use
     except flags.Error as error:
+        if isinstance(error, flags.UnrecognizedFlagError):
+            raise UserError(f"--{error.flagname} is unknown; {_did_you_mean().option(error.flagname)}") from error
         if "Error whilst parsing config file" not in str(error):
             raise UserError(str(error)) from error
         # ml_collections raises it again with the text of the trace; a refusal is one message, a bug keeps its trace.
@@ -260,5 +331,5 @@ def read_recipe(arguments: Sequence[str]) -> Config:
             raise
         raise UserError(reason) from error
     if rest:
-        raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks needs quotes")
+        raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks, braces or a glob needs quotes")
     return from_config_dict(values.config)

@@ -160,9 +160,10 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> 
     """Formats the line that a person follows on the terminal."""
     minutes, seconds = divmod(round(scalars["seconds_left"]), 60)
     mfu = f"  mfu {scalars['mfu']:.1%}" if "mfu" in scalars else ""
+    rate = scalars["images_per_second"]
     scale = f"scale {scalars['logit_scale']:.2f}  " if "logit_scale" in scalars else ""
     return (
         f"step {step}/{total_steps}  samples {scalars['samples_seen']:,}  loss {scalars['loss']:.4f}  "
         f"{scale}lr {scalars['learning_rate']:.3g}  "
-        f"{scalars['images_per_second']:,.0f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        f"{rate:,.{1 if rate < 10 else 0}f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     )

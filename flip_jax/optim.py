@@ -1,10 +1,11 @@
-"""Learning-rate schedule, AdamW and its weight-decay mask."""
+"""Learning-rate schedule, AdamW or Muon, and the weight-decay mask."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from flip_jax.config import Config
 
@@ -12,8 +13,16 @@ NOT_DECAYED = ("bias", "patch_bias", "logit_bias", "scale", "pos_embed")
 
 
 def peak_learning_rate(config: Config) -> float:
-    """Applies the linear scaling rule: the base rate is for 256 samples."""
-    return config.optim.base_learning_rate * config.global_batch_size / 256
+    """Returns the absolute rate if one is set, else applies the linear scaling rule to the base rate of 256 samples."""
+    return config.optim.learning_rate or config.optim.base_learning_rate * config.global_batch_size / 256
+
+
+def describe_peak(config: Config) -> str:
+    """Says how the peak learning rate came about."""
+    peak, base, batch = peak_learning_rate(config), config.optim.base_learning_rate, config.global_batch_size
+    if config.optim.learning_rate:
+        return f"peak learning rate {peak:.4g} = optim.learning_rate, in place of base {base:.4g} x batch / 256"
+    return f"peak learning rate {peak:.4g} = base {base:.4g} x batch {batch:,} / 256"
 
 
 def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax.Schedule:
@@ -31,10 +40,27 @@ def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax
     return schedule
 
 
+def warmup_constant(peak: float, warmup_steps: float, cooldown_steps: float, total_steps: float) -> optax.Schedule:
+    """Rises linearly from 0 to `peak`, stays there, and falls linearly to 0 over the last `cooldown_steps`.
+
+    Until then the rate does not depend on `total_steps`, to the last bit.
+    """
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.where(step < warmup_steps, step / max(warmup_steps, 1), 1)
+        return peak * jnp.minimum(rise, jnp.clip((total_steps - step) / cooldown_steps, 0, 1) if cooldown_steps else 1)
+
+    return schedule
+
+
 def learning_rate(config: Config) -> optax.Schedule:
     """Returns the run's learning rate as a function of the optimizer step."""
-    batch = config.global_batch_size
-    return warmup_cosine(peak_learning_rate(config), config.warmup_samples / batch, config.total_samples / batch)
+    batch, peak = config.global_batch_size, peak_learning_rate(config)
+    warmup, total = config.warmup_samples / batch, config.total_samples / batch
+    if config.optim.schedule == "constant":
+        return warmup_constant(peak, warmup, config.optim.cooldown_samples / batch, total)
+    return warmup_cosine(peak, warmup, total)
 
 
 def decay_mask(params: Any) -> Any:
@@ -42,14 +68,34 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
+def muon_dimensions(params: Any) -> Any:
+    """Marks the matrices that Muon updates: the kernels of blocks and projections, each layer of a stack by itself."""
+    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Builds AdamW with decoupled decay, multiplied by the learning rate; no gradient clipping. Paper, appendix."""
+    """Builds the optimizer; decay is decoupled and multiplied by the learning rate, and gradients are not clipped."""
+    rate, optim = learning_rate(config), config.optim
+    if optim.name == "muon":
+        return optax.contrib.muon(
+            rate,
+            adam_b1=optim.b1,
+            adam_b2=optim.b2,
+            mu_dtype=optim.mu_dtype,
+            weight_decay=optim.weight_decay,
+            weight_decay_mask=decay_mask,
+            adam_weight_decay=optim.weight_decay,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=1.0,  # the rate is the root mean square of an update, about that of AdamW's
+        )
     return optax.adamw(
-        learning_rate(config),
-        b1=config.optim.b1,
-        b2=config.optim.b2,
+        rate,
+        b1=optim.b1,
+        b2=optim.b2,
         eps=1e-8,
-        mu_dtype=config.optim.mu_dtype,
-        weight_decay=config.optim.weight_decay,
+        mu_dtype=optim.mu_dtype,
+        weight_decay=optim.weight_decay,
         mask=decay_mask,
     )

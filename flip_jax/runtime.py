@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -101,6 +102,26 @@ def start_distributed(options: argparse.Namespace) -> None:
             f"this process cannot join the others: {error}. --distributed detects TPU pods, SLURM and GKE; elsewhere "
             "give --coordinator, --num_processes and --process_id"
         ) from error
+
+
+def is_alone() -> bool:
+    """Tells whether this is the only process of the run."""
+    return not _is_one_of_several()
+
+
+def hush_orbax() -> None:
+    """Drops two warnings of Orbax about good checkpoints, which nobody can act on; everything else is still logged.
+
+    Call it after Orbax is imported: absl makes its logger itself.
+    """
+    # We read single items of a step, and Orbax looks in an item's folder for what is in the step's. Weights that one
+    # process wrote need no merge.
+    harmless = ("Metadata file does not exist: ", "Skipping merge of OCDBT checkpoints")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING or not any(text in str(record.msg) for text in harmless)
+
+    logging.getLogger("absl").addFilter(keep)
 
 
 def say(line: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from flip_jax import checkpoint, memory, metrics, models, runtime, sharding
+from flip_jax import checkpoint, memory, metrics, models, optim, runtime, sharding
 from flip_jax.config import Config
 from flip_jax.data import pipeline
 from flip_jax.data.tokenizer import Tokenizer
@@ -35,37 +35,49 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         finite: the message names the step and the keys of its samples.
     """
     started = time.perf_counter() if started is None else started
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     if config.profile and "://" in os.fspath(workdir):
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh)
-    if config.eval.every_steps:
+    limit = memory.device_memory()  # before this process takes some of it
+    memory.check(config, mesh, limit)
+    if config.eval.tasks:
         from flip_jax import evaluators
 
-        evaluators.check(config)
+        if reasons := evaluators.problems(config):  # named together with the training data where these are missing, too
+            raise UserError("\n".join([*pipeline.problems(config), *reasons]))
     metrics.check(config)
     with (
         contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints,
         jax.set_mesh(mesh),
         runtime.Termination() as termination,
     ):
-        _run(config, workdir, mesh, checkpoints, termination, started)
+        _run(config, workdir, mesh, limit, checkpoints, termination, started)
 
 
 def _run(
     config: Config,
     workdir: epath.Path,
     mesh: Mesh,
+    limit: int | None,
     checkpoints: checkpoint.Checkpoints,
     termination: runtime.Termination,
     started: float,
 ) -> None:
     start = checkpoints.latest() or 0
+    source = checkpoints.directory / str(start) if start else None
+    if not start and config.init_from:
+        source = checkpoint.newest(config.init_from)
+    if source and config.finetune.classes:
+        config = checkpoint.with_tower_of(config, source)
     if start:
         checkpoints.check_config(config)
+    elif source:
+        checkpoint.check_start(config, source)
     if start == config.total_steps:
-        _log.info("%s: all %d steps of this run are done; nothing to do", workdir, start)
+        extend = "raise config.total_samples" if _extensible(config) else "use another --workdir and config.init_from"
+        _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
         return
     tokenizer = pipeline.make_tokenizer(config, checkpoints.tokenizer())
     class_names: tuple[str, ...] = ()
@@ -79,8 +91,14 @@ def _run(
         pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     )
     before = time.perf_counter()
-    remat, program, peak = memory.least_recompute(config, mesh, memory.device_memory())
-    say(f"compiled in {time.perf_counter() - before:.0f} s: remat {remat}, {peak / 2**30:.2f} GiB per device")
+    recorded = checkpoint.read_config(source) if start and source else None
+    config, program, peak = memory.choose(config, mesh, limit, recorded)
+    parts = f"{config.microbatches} microbatches, " if config.microbatches != 1 else ""
+    of = f" of {limit / 2**30:.2f}" if limit else ""
+    say(
+        f"compiled in {time.perf_counter() - before:.0f} s: remat {config.model.remat}, {parts}"
+        f"{peak / 2**30:.2f} GiB{of} per device"
+    )
     # Some processes may have found the program in their cache, and collectives of CPUs wait for 30 s at most.
     runtime.meet("compiled")
     state = _initial_state(config, program, checkpoints, start, batches)
@@ -89,7 +107,7 @@ def _run(
     metrics.write_parameters(workdir, program.state.params)
     writer = metrics.Writer(workdir, start, config)
     progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
-    evaluate = _evaluation(config, program, tokenizer, class_names, mesh, writer) if config.eval.every_steps else None
+    evaluate = _evaluation(config, program, tokenizer, class_names, mesh, writer) if config.eval.wanted else None
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
@@ -190,8 +208,9 @@ def _evaluation(
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises UserError where the training or evaluation batch cannot be split evenly over the mesh."""
     shards = sharding.batch_shards(mesh)
-    sizes = {"global_batch_size": (config.global_batch_size, config.microbatches)}
-    if config.eval.every_steps:
+    microbatches = 1 if config.microbatches == "auto" else config.microbatches
+    sizes = {"global_batch_size": (config.global_batch_size, microbatches)}
+    if config.eval.wanted:
         sizes["eval.batch_size"] = (config.eval.batch_size, 1)
     for key, (size, microbatches) in sizes.items():
         parts = shards * microbatches
@@ -223,6 +242,10 @@ def summarise(window: list[Report], workdir: epath.Path) -> dict[str, float]:
     return scalars | {"loss": float(np.mean([report["loss"] for report in reports]))}
 
 
+def _extensible(config: Config) -> bool:
+    return config.optim.schedule == "constant" and not config.optim.cooldown_samples
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -242,3 +265,4 @@ def _say_start(config: Config, mesh: Mesh, program: Program, flops: float) -> No
         f"{mesh.size} {jax.devices()[0].device_kind} ({axes}), {jax.process_count()} process(es), "
         f"{config.total_steps:,} steps of {config.global_batch_size:,} samples"
     )
+    say(optim.describe_peak(config))

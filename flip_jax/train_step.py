@@ -93,7 +93,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         inputs, loss_and_grads = ("image", "label"), classifier.make_loss_and_grads(graphdef, config.finetune)
         optimizer = classifier.by_layer(optimizer, config)
     else:
-        inputs, loss_and_grads = ("image", "text"), make_loss_and_grads(graphdef, config.microbatches)
+        inputs, loss_and_grads = ("image", "text"), make_loss_and_grads(graphdef, int(config.microbatches))
 
     def init():
         params = nnx.to_pure_dict(nnx.split(build())[1])
@@ -116,7 +116,12 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         whole,
         param_shardings,
         optax.tree.map_params(
-            optimizer, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
+            optimizer,
+            lambda x, s: x if isinstance(x, optax.MaskedNode) else s,  # a parameter that this part leaves alone
+            abstract.opt_state,
+            param_shardings,
+            transform_non_params=lambda _: whole,
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         ),
     )
     rows = sharding.batch_sharding(mesh)

@@ -1,4 +1,4 @@
-# Sourced by the scripts next to it: --dry-run, --yes, errors and other shared functions.
+# Sourced by the scripts next to it: --help, --dry-run, --yes, errors and other shared functions.
 # shellcheck shell=bash disable=SC2034 # the sourcing scripts use the variables
 set -euo pipefail
 
@@ -6,6 +6,10 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DRY_RUN=false YES=false ARGS=()
 for argument in "$@"; do
     case $argument in
+        -h | --help) # what the script says of itself at its head
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+            exit 0
+            ;;
         --dry-run) DRY_RUN=true ;; # print every command, run none
         --yes) YES=true ;;         # really delete
         *) ARGS+=("$argument") ;;

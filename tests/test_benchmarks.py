@@ -37,17 +37,16 @@ def test_speed_ups_of_the_means_and_of_each_seed():
     assert tradeoff.speed_ups(baseline, masked) == "2.78 (3.33, not reached)"
 
 
-def test_cheap_runs_come_first_shared_ones_last_and_finished_ones_never():
-    done = [{"result": "mask 0", "samples": 12_800, "seed": 0}, {"result": "mask 0.5", "samples": 25_600, "seed": 0}]
-    assert tradeoff.missing(done, "small", 1) == [
-        ("mask 0", 6_400, 0),
-        ("mask 0.75", 51_200, 0),
-        ("mask 0.5", 51_200, 0),
-        ("mask 0.75", 102_400, 0),
-        ("mask 0", 51_200, 0),
-        ("mask 0.5", 102_400, 0),
-        ("mask 0.75", 25_600, 0),
-        ("mask 0", 25_600, 0),
+def test_runs_come_seed_by_seed_cheap_ones_first_and_finished_ones_never(monkeypatch):
+    monkeypatch.setattr(tradeoff, "LENGTHS", {"mask 0": (100, 200), "mask 0.75": (200, 600)})
+    done = [{"result": "mask 0", "samples": 100, "seed": 0}, {"result": "mask 0.75", "samples": 600, "seed": 1}]
+    assert tradeoff.missing(done, 2) == [
+        ("mask 0.75", 200, 0),
+        ("mask 0.75", 600, 0),
+        ("mask 0", 200, 0),
+        ("mask 0.75", 200, 1),
+        ("mask 0", 100, 1),
+        ("mask 0", 200, 1),
     ]
 
 

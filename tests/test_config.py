@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from flip_jax import config as config_lib
-from flip_jax import config_check, optim
+from flip_jax import config_check, did_you_mean, optim
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
@@ -37,9 +37,9 @@ def test_arguments_of_a_recipe(load_recipe):
     assert (config.model.image.mask_ratio, config.seed, config.model.dtype) == (0.75, 7, "float32")
     both = load_recipe("flip_l16", "unmasked,seed=7,model.image.mask_ratio=0.25")
     assert (both.model.image.mask_ratio, both.seed, both.total_samples) == (0.25, 7, 128_000_000)
-    with pytest.raises(UserError, match=r"'seed' must be a variant \(unmasked, laion2b\) or key=value"):
+    with pytest.raises(UserError, match=r"'seed' must be a variant \(unmasked, laion2b, runlocal\) or key=value"):
         load_recipe("flip_l16", "seed")
-    with pytest.raises(UserError, match="'unmasked' must be key=value"):
+    with pytest.raises(UserError, match=r"'unmasked' must be a variant \(runlocal\) or key=value"):
         load_recipe("flip_emoji", "unmasked")
     with pytest.raises(
         UserError, match=r"config.model.image.mask_rate is unknown; did you mean config.model.image.mask"
@@ -59,13 +59,24 @@ def test_the_command_line_of_a_recipe():
     "arguments, message",
     [
         ([], "--config=configs/NAME.py is missing"),
-        (["--config=configs/none.py"], "there is no recipe 'configs/none.py'; the recipes are in configs/"),
+        (
+            ["--config=configs/none.py"],
+            "there is no recipe 'configs/none.py'; the recipes are clip_b16",
+        ),
         ([L16, "--config.mask_ratio=0.5"], "config.mask_ratio is unknown; did you mean config.model.image.mask_ratio"),
         ([L16, "--config.data.train=a", "--config.data.train=b"], "--config.data.train is given 2 times.*in quotes"),
         ([L16, L16], "--config is given 2 times"),
         ([L16, "--config.seed=1", "b.tar"], "unexpected arguments: b.tar"),
         ([L16, "--config.seed=one"], "seed"),
-        ([L16, "--wokdir=a"], "wokdir"),
+        ([L16, "--config.seed=1.5e0"], "seed"),
+        (["--config=configs/flip_l61.py"], r"no recipe 'configs/flip_l61.py'; did you mean configs/flip_l16.py\?"),
+        ([L16, "--wokdir=a"], r"--wokdir is unknown; did you mean --workdir\?"),
+        ([L16, "--batch_size=8"], "--batch_size is unknown; did you mean --config.global_batch_size"),
+        ([L16, "--config.batch_size=8"], "config.batch_size is unknown; did you mean --config.global_batch_size"),
+        ([L16, "--epochs", "3"], r"did you mean --config.total_samples \(epochs x samples in the data\)"),
+        ([L16, "--save-frequency=1"], "did you mean --config.checkpoint.every_steps"),
+        ([L16, "--resume=latest"], "--resume is unknown; run the same command again"),
+        ([L16, "--mask_ratio=0.5"], r"--mask_ratio is unknown; did you mean --config.model.(image|text).mask_ratio\?"),
         ([f"{L16}:unmaskd"], "^--config=...:unmaskd: 'unmaskd' must be a variant"),
         ([f"{L16}:modle.dtype=float32"], "^config.modle.dtype is unknown; did you mean config.model.dtype"),
     ],
@@ -74,6 +85,50 @@ def test_a_wrong_command_line_is_one_clear_error(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         config_check.read_recipe(arguments)
     assert "Traceback" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_the_words_of_other_programs_lead_to_settings_that_exist():
+    known = config_check.flatten(Config())
+    for word, (key, translation) in did_you_mean.SETTINGS.items():
+        assert key in known if key else translation, word
+        assert word not in known, word
+    words = "batch_size batch-size lr epochs workers warmup precision resume save-frequency grad-checkpointing"
+    for word in [*words.split(), "train-data", "imagenet-val"]:
+        assert did_you_mean.word(word), word
+
+
+def test_numbers_of_samples_names_and_lists_as_people_write_them(load_recipe):
+    for name in ("flip_l16", "flip_l16.py", "configs/flip_l16.py"):
+        arguments = [f"--config={name}:warmup_samples=1e6", "--config.total_samples=12.8e9"]
+        config = config_check.read_recipe([*arguments, "--config.data.captions=title,text"])
+        assert (config.warmup_samples, config.total_samples) == (1_000_000, 12_800_000_000)
+        assert (config.model.image.width, config.data.captions) == (1024, ("title", "text"))
+    assert config_check.run_name(*config_check.find_recipe("flip_l16:runlocal,seed=1")) == "flip_l16_runlocal"
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    changes = [f"--config.{key}=~/x" for key in ("init_from", "data.vocab", "data.tfds_dir", "eval.classnames")]
+    config = config_check.read_recipe([L16, *changes])
+    assert {config.init_from, config.data.vocab, config.data.tfds_dir, config.eval.classnames} == {"/home/me/x"}
+
+
+def test_every_recipe_runs_locally_with_its_own_model(load_recipe):
+    for path in did_you_mean.recipes():
+        name = path.removeprefix("configs/").removesuffix(".py")
+        whole, local = load_recipe(name), load_recipe(name, "runlocal")
+        assert local.model == whole.model and local.global_batch_size == 16
+        assert local.data.train == f"tfds:emoji/{whole.model.image.image_size}/train"
+        assert not local.init_from and not local.eval.wanted and local.warmup_samples < local.total_samples / 2
+        assert bool(local.finetune.classes) == bool(whole.finetune.classes)
+
+
+def test_the_peak_learning_rate_says_how_it_came_about(load_recipe):
+    config = load_recipe("flip_b16", "global_batch_size=4096")
+    assert optim.describe_peak(config) == "peak learning rate 6.4e-05 = base 4e-06 x batch 4,096 / 256"
+    config = load_recipe("flip_b16", "global_batch_size=4096,optim.learning_rate=5e-4")
+    assert optim.peak_learning_rate(config) == 5e-4
+    assert "peak learning rate 0.0005 = optim.learning_rate, in place of base 4e-06" in optim.describe_peak(config)
 
 
 def test_a_bug_in_a_recipe_keeps_its_trace(tmp_path):

@@ -54,6 +54,14 @@ def test_wrong_commands_are_refused(desk, script, words, message):
     assert result.returncode == 2 and message in result.stderr and not desk.calls()
 
 
+@pytest.mark.parametrize("script", REQUIRED)
+def test_help_names_the_commands_and_the_variables(desk, script):
+    result = desk.run(script, "--help")
+    assert result.returncode == 0 and not desk.calls() and not result.stderr
+    assert f"launch/{script}.sh" in result.stdout and "[--dry-run]" in result.stdout
+    assert all(name in result.stdout.split("Environment: ")[1] for name in REQUIRED[script])
+
+
 WRONG = ["tpu_vm SLICES=two", "tpu_vm TIER=cheap", "gke TOPOLOGY=4x4; rm", "gke TOPOLOGY=3x3", "gke NFS=share"]
 
 
@@ -232,13 +240,16 @@ def test_slurm_starts_a_process_per_gpu(desk):
     assert desk.run("slurm", "run", *SETTINGS, **SLURM, PYTHON="my python").returncode == 0
     (call,) = desk.calls("sbatch")
     words = {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=24:00:00", "--requeue", "--export=ALL"}
+    words |= {"--cpus-per-task=8"}
     assert words <= set(call["words"]) and call["XLA_FLAGS"].split() == flags("GPU_XLA_FLAGS")
     job = call["words"][call["words"].index(str(LAUNCH / "slurm_job.sh")) :]
     where = option(call["words"], "--chdir")
-    subprocess.run(job, env=desk.env | {"PYTHON": "my python"}, cwd=where, check=True, timeout=30)
+    subprocess.run(
+        job, env=desk.env | {"PYTHON": "my python", "SLURM_CPUS_PER_TASK": "8"}, cwd=where, check=True, timeout=30
+    )
     (call,) = desk.calls("srun")
     assert call["words"][-len(SETTINGS) - 3 :] == ["my python", "main.py", "--distributed", *SETTINGS]
-    assert "--kill-on-bad-exit=1" in call["words"]
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=8"} <= set(call["words"])
 
 
 def test_local_starts_every_process(desk):

@@ -19,6 +19,9 @@ from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import resize_positions
 
 KEY = jax.random.key(5)
+# By name, because a strategy that somebody adds may break the rules that these keep.
+OURS = ("random", "grid", "block", "centred", "cluster")
+OURS_OF_TEXT = ("random", "prioritised", "truncate", "block", "frequency")
 
 
 def positions(strategy, patches_or_tokens, keep, key=KEY):
@@ -44,7 +47,7 @@ def test_the_number_of_visible_patches_is_rounded_down(patches, ratio, keep):
     assert ImageConfig(image_size=16 * side, mask_ratio=ratio).visible_patches == keep
 
 
-@pytest.mark.parametrize("name", masking.STRATEGIES)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("side, keep", [(4, 8), (6, 9), (14, 49)])
 def test_image_strategies_keep_distinct_patches_exactly_as_many_as_asked(name, side, keep):
     ids = positions(masking.STRATEGIES[name], images(64, side), keep)
@@ -54,7 +57,7 @@ def test_image_strategies_keep_distinct_patches_exactly_as_many_as_asked(name, s
     assert len({tuple(sorted(row)) for row in ids}) > 1
 
 
-@pytest.mark.parametrize("name", masking.TEXT_STRATEGIES)
+@pytest.mark.parametrize("name", OURS_OF_TEXT)
 @pytest.mark.parametrize("length, keep", [(32, 16), (16, 4), (8, 8)])
 def test_text_strategies_keep_distinct_tokens_in_the_order_of_the_text(name, length, keep):
     ids = positions(masking.TEXT_STRATEGIES[name], captions(64, length), keep)
@@ -164,12 +167,12 @@ def test_frequency_keeps_rare_tokens_by_the_square_root_of_their_share():
     assert share == pytest.approx(10 / 11, abs=4 * np.sqrt(10 / 121 / 4000))
 
 
-@pytest.mark.parametrize("name", masking.STRATEGIES)
+@pytest.mark.parametrize("name", OURS)
 def test_image_masks_do_not_depend_on_the_layout_of_devices(name):
     same_on_any_layout(masking.STRATEGIES[name], images(16, 6), 9)
 
 
-@pytest.mark.parametrize("name", masking.TEXT_STRATEGIES)
+@pytest.mark.parametrize("name", OURS_OF_TEXT)
 def test_text_masks_do_not_depend_on_the_layout_of_devices(name):
     same_on_any_layout(masking.TEXT_STRATEGIES[name], captions(16, 16), 8)
 

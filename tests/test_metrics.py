@@ -266,3 +266,9 @@ def test_weights_and_biases_writes_offline(tmp_path):
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     assert len(list(folder.glob("files/media/images/masks_*.png"))) == 2
+
+
+@pytest.mark.parametrize("rate, said", [(0.44, " 0.4 images/s"), (9.5, " 9.5 images/s"), (1234.4, " 1,234 images/s")])
+def test_slow_steps_are_shown_with_a_decimal(rate, said):
+    scalars = {"loss": 1.0, "samples_seen": 1, "learning_rate": 0.1, "images_per_second": rate, "seconds_left": 3}
+    assert said in metrics.progress_line(1, 2, scalars)

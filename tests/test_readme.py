@@ -234,7 +234,7 @@ SMALL = [word for word in arguments("", "", **CHANGES)[4:] if "data.train" not i
 RUN = {
     "flip inspect": [],
     "flip prepare": [],
-    "python main.py --config=configs/flip_b16.py": [
+    "python main.py --config=configs/flip_b16.py --workdir": [
         *SMALL,
         "--config.microbatches=2",
         "--config.eval.every_steps=3",
@@ -263,6 +263,7 @@ REPLACED = {
 MADE = "report/inspection.png b16.json runs/b16/report/loss.png runs/b16/README.md index/index.json hits.html"
 NOT_RUN = {
     "make": "runs everything",
+    "python main.py --config=configs/flip_b16.py:runlocal": "the whole B/16 takes minutes",
     "pip": "installs",
     "img2dataset": "a program of others",
     "export": "a pod",

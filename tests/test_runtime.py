@@ -86,3 +86,21 @@ def test_options_of_several_processes_that_do_not_fit_together_are_refused(optio
     none = dict.fromkeys(("coordinator", "num_processes", "process_id"))
     with pytest.raises(runtime.UserError, match=message):
         runtime.start_distributed(argparse.Namespace(distributed=False, **(none | options)))
+
+
+def test_only_the_warnings_about_good_checkpoints_are_dropped():
+    """In a process of its own, because pytest replaces the handlers."""
+    program = """
+import flip_jax.checkpoint
+from absl import logging
+logging.warning("Metadata file does not exist: %s", "state/_CHECKPOINT_METADATA")
+logging.warning("[process=%s] Skipping merge of OCDBT checkpoints: No", 0)
+logging.warning("a real %s", "problem")
+logging.error("Metadata file does not exist: %s", "and that is an error")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if "absl" in line] == [
+        "WARNING:absl:a real problem",
+        "ERROR:absl:Metadata file does not exist: and that is an error",
+    ]

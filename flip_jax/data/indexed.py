@@ -1,20 +1,16 @@
-"""Sources read by record number: CSV, one folder per class, Karpathy's JSON and TFDS."""
+"""Sources read by record number: one folder per class, Karpathy's JSON and TFDS."""
 
 import collections
-import csv
 import functools
-import io
-import itertools
 import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flip_jax.config import DataConfig
 from flip_jax.data import classes, paths
-from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
+from flip_jax.data.records import CHUNK, END, IMAGES, Pick, Record, example, example_key, sample
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
@@ -23,17 +19,18 @@ MAX_COUNT = 100  # largest label where the label is a number of objects
 CLASS_CAPTION = "a photo of a {}."  # for TFDS data sets without text
 # Files and folders that systems leave among images, in lower case, besides those whose name begins with a dot.
 SYSTEM = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found")
-PATH_COLUMNS = ("filepath", "path", "image", "image_path", "file_name", "filename", "url")
 
 
-class _Files:
+class Files:
     """Records that are held in memory; their images are read when needed."""
 
     window, interleave = CHUNK, 2  # the schedule has shuffled all records already
     at_once = CHUNK
     class_names: list[str] | None = None
     templates = None
+    caption_names: tuple[str, ...] = ()  # where the texts of a record come from, for people
     _rows: list[Any]
+    _data: DataConfig
 
     def _row(self, index: int) -> tuple[str, list[str], int | None]:
         """Returns an image's path, its captions and its class, which a subclass knows."""
@@ -46,51 +43,12 @@ class _Files:
         """Reads the picked records."""
         for index, epoch in picks:
             path, captions, label = self._row(index)
-            key = path.encode(errors="replace").decode()
-            yield {"key": key, "epoch": epoch} | sample(_image(path), captions, label), END
+            image = paths.read_image(path, self._data)
+            rest = {"bad": image} if isinstance(image, str) else sample(image, captions, label)
+            yield {"key": path.encode(errors="replace").decode(), "epoch": epoch} | rest, END
 
 
-class Csv(_Files):
-    """CSV or TSV files with a header: the path of an image in one of `PATH_COLUMNS`, and captions.
-
-    A relative path starts at the CSV's folder. All rows are held in memory; the images are read when needed.
-    """
-
-    def __init__(self, pattern: str, data: DataConfig):
-        import pyarrow
-
-        csv.field_size_limit(MAX_TEXT)
-        chunks, kind = [], pyarrow.list_(pyarrow.large_binary())  # takes far less memory than Python's strings
-        for path in paths.expand(pattern):
-            delimiter = "\t" if path.endswith(".tsv") else ","
-            with (
-                paths.open_file(path) as file,
-                io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text,
-            ):
-                lines = rows(text, delimiter)
-                names = next(lines, [])
-                image = [names.index(name) for name in PATH_COLUMNS if name in names][:1]
-                captions = [names.index(name) for name in data.captions if name in names]
-                if not image or not captions:
-                    raise UserError(
-                        f"{path} needs a column {' or '.join(PATH_COLUMNS)}, and {' or '.join(data.captions)} "
-                        f"(config.data.captions); has {', '.join(names)}"
-                    )
-                # Absolute, so that ".." can only come from a row.
-                folder = path.rpartition("/")[0] if paths.is_remote(path) else os.path.dirname(os.path.abspath(path))
-                while some := list(itertools.islice(lines, 2**16)):
-                    fields = ([row[i] if i < len(row) else "" for i in image + captions] for row in some)
-                    located = ([_located(name, folder), *texts] for name, *texts in fields)
-                    encoded = [[value.encode("utf-8", "surrogateescape") for value in row] for row in located]
-                    chunks.append(pyarrow.array(encoded, kind))
-        self._rows = pyarrow.concat_arrays(chunks) if chunks else []
-
-    def _row(self, index):
-        name, *captions = self._rows[index].as_py()
-        return name.decode(errors="surrogateescape"), captions, None
-
-
-class Folder(_Files):
+class Folder(Files):
     """One folder of images per class, with any subfolders; or images alone, which then have no label.
 
     The label is the position among the sorted names of the folders, which are sorted by size if all are numbers.
@@ -98,6 +56,7 @@ class Folder(_Files):
     """
 
     def __init__(self, folder: str, data: DataConfig):
+        self._data, folder = data, os.path.expanduser(folder)
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder; it needs one folder per class")
         ignored: dict[str, list[str]] = {}
@@ -167,15 +126,18 @@ def _warn_once(message):
     _log.warning("%s", message)
 
 
-class Karpathy(_Files):
+class Karpathy(Files):
     """A split of Karpathy's JSON of COCO or Flickr30k, FILE.json#SPLIT: images with several captions each.
 
     An image is FILEPATH/FILENAME, or FILENAME, in the folder of the JSON, or in FOLDER: FILE.json#SPLIT#FOLDER.
     """
 
+    caption_names = ("sentences",)
+
     def __init__(self, rest: str, data: DataConfig):
-        file, _, rest = rest.partition("#")
+        file, _, rest = os.path.expanduser(rest).partition("#")
         split, _, folder = rest.partition("#")
+        self._data, folder = data, os.path.expanduser(folder)
         folder = os.path.abspath(folder or os.path.dirname(file))
         if not os.path.isfile(file) or not split:
             raise UserError(f"expected karpathy:FILE.json#SPLIT with an existing file; got {file!r} and {split!r}")
@@ -212,52 +174,6 @@ def _karpathy_row(image):
     return None
 
 
-def _located(name, folder):
-    """Returns the path of an image that a CSV in `folder` names."""
-    return name if not name or not folder or paths.is_remote(name) or name.startswith("/") else f"{folder}/{name}"
-
-
-def _image(path):
-    """Reads the bytes of an image's file; None if it cannot be read."""
-    if ".." in path.split("/") or not (paths.is_remote(path) or os.path.isfile(path)):
-        return None
-    try:
-        with paths.open_file(path) as file:
-            return file.read(MAX_IMAGE + 1)
-    except OSError as error:
-        _log.warning("%s: %s", path, error)
-        return None
-
-
-def rows(text: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    """Iterates over the non-empty rows of a CSV file; [""] for a line with a field above csv.field_size_limit.
-
-    A quote that is left open, or closed before the field ends, spoils only its own line: the lines that a strict
-    parser took in search of the closing quote are read again.
-    """
-    text, again, taken = iter(text), [], []  # again: lines to read once more; taken: lines of the present row
-
-    def lines():
-        while line := again.pop() if again else next(text, ""):
-            taken.append(line)
-            yield line
-
-    while True:
-        taken.clear()
-        try:
-            row = next(csv.reader(lines(), delimiter=delimiter, strict=True), None)
-        except csv.Error:
-            again += reversed(taken[1:])
-            try:
-                row = next(csv.reader(taken[:1], delimiter=delimiter))
-            except csv.Error:
-                row = [""]
-        if row is None:
-            return
-        if row:
-            yield row
-
-
 class Tfds:
     """A split of a TFDS data set stored as ArrayRecord: NAME/SPLIT. Without texts, captions are `CLASS_CAPTION`.
 
@@ -275,17 +191,13 @@ class Tfds:
         name, _, split = rest.rpartition("/")
         if not name:
             raise UserError("expected tfds:NAME/SPLIT")
-        command, needs = f"tfds build {name} --file_format=array_record", " (which needs TensorFlow)"
-        if re.split("[/:]", name)[0] == "emoji":
-            import flip_jax.data.emoji  # noqa: F401  registers the data set
-
-            command, needs = "python -m flip_jax.data.emoji", ""
         folder = data.tfds_dir or tfds.core.constants.DATA_DIR
+        command = f"tfds build {name} --file_format=array_record --data_dir={folder}"
 
         def refuse(reason):
             return UserError(
                 f"cannot be read from {folder} (config.data.tfds_dir): {reason} "
-                f"Prepare it: `{command} --data_dir={folder}`{needs}"
+                f"Prepare it: `{command}` (which needs TensorFlow)"
             )
 
         def ask_tfds(call: Callable[..., Any], *arguments, **keywords):
@@ -294,7 +206,13 @@ class Tfds:
             except Exception as error:  # TFDS raises many kinds for a data set that is missing or has another format
                 raise refuse(str(error).partition("\n")[0]) from error
 
-        builder = ask_tfds(tfds.builder, name, data_dir=data.tfds_dir or None)
+        own, _, size = name.partition("/")
+        if own == "emoji":
+            from flip_jax.data import emoji
+
+            builder = emoji.prepare(data.tfds_dir, size or "64")
+        else:
+            builder = ask_tfds(tfds.builder, name, data_dir=data.tfds_dir or None)
         if not builder.info.splits:
             raise refuse("it is missing.")
         # Raw bytes: TFDS takes ten times as long to convert what it has parsed to NumPy arrays as to parse it.
@@ -314,6 +232,7 @@ class Tfds:
             raise UserError(f"has no label {label!r}; its features are {', '.join(first)}")
         self._image = next((key for key, feature in features.items() if isinstance(feature, tfds.features.Image)), None)
         self._text = next((key for key in data.captions if key in first), None)
+        self.caption_names = (f"feature {self._text!r}" if self._text else "the class names",)
         if not self._image or not (self._text or self.class_names):
             raise UserError(
                 f"needs an image, and {' or '.join(data.captions)} (config.data.captions) or a class label; has "

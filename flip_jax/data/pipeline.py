@@ -1,13 +1,11 @@
 """Sources to batches: shuffle, decode, tokenize, batch, prefetch. Every position can be saved and resumed exactly."""
 
 import atexit
-import collections
 import copy
 import functools
 import itertools
 import logging
 import os
-import random
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import jax
 import numpy as np
 
 from flip_jax.config import Config
-from flip_jax.data import sources, transforms
+from flip_jax.data import sources, stream, transforms
 from flip_jax.data.records import BadRecord, Record
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
@@ -27,10 +25,8 @@ from flip_jax.runtime import UserError
 _log = logging.getLogger(__name__)
 
 PREFETCH = 2  # batches that are ready ahead of the training step
-SLICE = 16  # records that a thread decodes at a time
 JUDGE_AFTER = 1000  # records; among fewer, the share of bad ones means little
 GIVE_UP_AFTER = 10_000  # bad records in a row
-NONE_AMONG = 100  # records of which none can be used, at the start of a run
 _ENTRIES = re.compile(r";(?=(?:[\d.]+\*)?\w+:)")  # a semicolon inside a path separates nothing
 _WEIGHTED = re.compile(r"(?:(\d+\.?\d*)\*)?(.*)", re.DOTALL)
 
@@ -50,13 +46,19 @@ def train_dataset(
     """
     rows = _share("config.global_batch_size", config.global_batch_size, process_count)
     mixture = open_mixture(config)
+    for _, source in mixture:
+        if (columns := getattr(source, "without_captions", "")) and not config.finetune.classes:
+            raise UserError(
+                f"config.data.train has no captions (config.data.captions {', '.join(config.data.captions)}): {columns}"
+            )
     schedules = [sources.Schedule(len(source), config.seed, process_index, process_count) for _, source in mixture]
-    fingerprint = {
+    identity = {
         "process_index": process_index,
         "process_count": process_count,
         "shards": [len(source) for _, source in mixture],
+        "sources": _described(config, mixture),
     }
-    return _Batches(config, _make_target(config, tokenizer), mixture, schedules, rows, fingerprint)
+    return _Batches(config, _make_target(config, tokenizer), mixture, schedules, rows, identity)
 
 
 def open_mixture(config: Config) -> list[tuple[float, Any]]:
@@ -68,6 +70,15 @@ def open_mixture(config: Config) -> list[tuple[float, Any]]:
             raise UserError(f"config.data.train: a weight must be above 0, got {entry!r}")
         mixture.append((float(weight or 1), sources.open_source(value, config.data, "config.data.train")))
     return mixture
+
+
+def _described(config, mixture):
+    """Returns what identifies each source, so that a run resumes with the same files under any root."""
+    entries = [_WEIGHTED.fullmatch(entry).groups() for entry in _ENTRIES.split(config.data.train)]
+    return [
+        {"weight": float(weight or 1), "kind": value.partition(":")[0], **getattr(source, "fingerprint", dict)()}
+        for (weight, value), (_, source) in zip(entries, mixture, strict=True)
+    ]
 
 
 def eval_dataset(source: str, config: Config, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
@@ -110,7 +121,15 @@ def _eval_batches(source, rows, config, with_text):
                 "mask": np.array([not isinstance(image, str) for image in images]),
                 "bad": [image if isinstance(image, str) else "" for image in images],
             }
-            yield batch | ({"texts": [record.get("texts", []) for record in chunk]} if with_text else {})
+            yield batch | ({"texts": [_captions(source, record) for record in chunk]} if with_text else {})
+
+
+def _captions(source, record):
+    """Lists the captions of a record that is evaluated; CLIP_benchmark writes one on each line of a tar's text file."""
+    texts = record.get("texts", [])
+    if sources.caption_name(source, record) != sources.TEXT_FILE:
+        return texts
+    return [line for text in texts for line in text.splitlines() if line.strip()]
 
 
 def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
@@ -122,6 +141,15 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
         texts = (text for record in records for text in record.get("texts", []))
         captions += itertools.islice(texts, limit // len(mixture))
     return captions
+
+
+def problems(config: Config) -> list[str]:
+    """Returns the reason why config.data.train cannot be opened; nothing where it can."""
+    try:
+        open_mixture(config)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer | None:
@@ -177,25 +205,27 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
 class _BatchIterator(grain.DatasetIterator):
     """Mixes the sources and counts their records. Its state is each source's place and the counts."""
 
-    def __init__(self, config, target, mixture, schedules, rows, fingerprint):
+    def __init__(self, config, target, mixture, schedules, rows, identity):
         super().__init__()
-        self._config, self._target, self._rows, self._fingerprint = config, target, rows, fingerprint
+        self._config, self._target, self._rows, self._identity = config, target, rows, identity
         self._weights = [weight for weight, _ in mixture]
         self._pool = ThreadPoolExecutor(_threads(config), "flip_jax-decode")
         prepare = functools.partial(self._pool.submit, _prepare, config=config, target=target)
-        process = fingerprint["process_index"]
+        process = identity["process_index"]
+        says_captions = target.name == "text" and not process
         self._streams = [
-            _Stream(source, schedule, f"{config.seed}/{process}", prepare, 2 * _threads(config))
+            stream.Stream(source, schedule, f"{config.seed}/{process}", prepare, 2 * _threads(config), says_captions)
             for (_, source), schedule in zip(mixture, schedules, strict=True)
         ]
         self._bad_in_a_row, self._examples = 0, {}
+        self._distinct: set[str] | None = set()  # keys, until they are as many as a batch has
         self._counts = {"read": 0, "used": 0, "bad": {}}
 
     def __next__(self):
         rows = []
         while len(rows) < self._rows:
             # Read the source that is furthest behind its share: this needs no random numbers and no state of its own.
-            shares = [(stream.read + 1) / weight for stream, weight in zip(self._streams, self._weights, strict=True)]
+            shares = [(one.read + 1) / weight for one, weight in zip(self._streams, self._weights, strict=True)]
             key, sample = next(self._streams[shares.index(min(shares))])
             self._counts["read"] += 1
             if isinstance(sample, str):
@@ -205,8 +235,25 @@ class _BatchIterator(grain.DatasetIterator):
                 self._counts["used"] += 1
                 self._bad_in_a_row = 0
         keys, images, targets = zip(*rows, strict=True)
+        self._warn_of_few(keys)
         batch = {"image": np.stack(images), self._target.name: np.stack(targets)}
         return batch | {"keys": list(keys), "counts": copy.deepcopy(self._counts)}
+
+    def _warn_of_few(self, keys):
+        """Warns once where a batch is larger than the source: it then compares images with themselves."""
+        if self._distinct is None:
+            return
+        self._distinct.update(keys)
+        if self._counts["used"] >= 4 * self._rows or len(self._distinct) >= self._rows:
+            # After four batches nearly all records were seen at least once, whatever the window is.
+            if len(self._distinct) < 0.9 * self._rows:
+                _log.warning(
+                    "config.global_batch_size: this process's %d samples of a batch are more than the %d usable "
+                    "records of its share of config.data.train; lower it, or add data",
+                    self._rows,
+                    len(self._distinct),
+                )
+            self._distinct = None
 
     def _count_bad(self, key, kind):
         """Counts a bad record. UserError if there are too many."""
@@ -216,7 +263,7 @@ class _BatchIterator(grain.DatasetIterator):
         self._bad_in_a_row += 1
         limit = self._config.data.max_bad_fraction
         too_many = read >= max(JUDGE_AFTER, 2 * self._rows) and read - used > limit * read
-        if too_many or self._bad_in_a_row >= (GIVE_UP_AFTER if used else NONE_AMONG):
+        if too_many or self._bad_in_a_row >= (GIVE_UP_AFTER if used else stream.NONE_AMONG):
             found = ", ".join(f"{count} {kind} (last {self._examples.get(kind)})" for kind, count in kinds.items())
             raise UserError(
                 f"config.data.train {self._config.data.train!r}: {read - used} of {read} records cannot be used: "
@@ -224,111 +271,32 @@ class _BatchIterator(grain.DatasetIterator):
             )
 
     def get_state(self):
-        streams = [{"place": stream.place, "read": stream.read} for stream in self._streams]
-        return copy.deepcopy(self._fingerprint | {"streams": streams, "counts": self._counts})
+        streams = [{"place": one.place, "read": one.read} for one in self._streams]
+        return copy.deepcopy(self._identity | {"streams": streams, "counts": self._counts})
 
     def set_state(self, state):
         # A place means the same records only in the same list of shards, dealt to the same number of processes.
-        for key, ours in self._fingerprint.items():
-            if state[key] != ours:
+        for key, ours in self._identity.items():
+            if key == "sources":
+                from flip_jax.data import fingerprint  # only a run that is resumed needs it
+
+                fingerprint.compare(state.get(key, ours), ours)  # earlier versions saved none
+            elif state[key] != ours:
                 raise UserError(
                     f"the data position was saved with {key} {state[key]}, now it is {ours}, which changes the order "
                     "of samples; use the same processes and shards, or start a new run with config.init_from"
                 )
         state = copy.deepcopy(state)
         self._counts = state["counts"]
-        for stream, position in zip(self._streams, state["streams"], strict=True):
-            stream.go_to(**position)
+        for one, position in zip(self._streams, state["streams"], strict=True):
+            one.go_to(**position)
 
     def close(self):
         if not self._closed:
             super().close()
-            for stream in self._streams:
-                stream.close()
+            for one in self._streams:
+                one.close()
             self._pool.shutdown(cancel_futures=True)
-
-
-class _Stream:
-    """The shuffled, decoded records of one source: (key, sample or kind of bad record) each.
-
-    Records are shuffled in windows. A window can be read again from where it began, and its shuffle depends on its
-    number alone, so the whole state is `place`: where the window in use began ("places", one per shard that is being
-    read), its number ("window"), and how many of its records are used up ("position").
-    """
-
-    def __init__(self, source, schedule, seed, prepare, look_ahead):
-        self._source, self._schedule, self._seed = source, schedule, seed
-        self._prepare, self._look_ahead = prepare, look_ahead
-        self._readable = False
-        places = [[i, 0] for i in range(min(source.interleave, schedule.per_epoch))]
-        self.go_to({"places": places, "window": 0, "position": 0}, 0)
-
-    def go_to(self, place, read):
-        """Continues from a saved place, at which `read` records had been read."""
-        self.place, self.read, self._samples = place, read, self._decoded(place)
-
-    def __next__(self):
-        self.place, key, sample = next(self._samples)
-        self.read += 1
-        return key, sample
-
-    def close(self):
-        self._samples.close()
-
-    def _decoded(self, place):
-        """Yields (place after it, key, sample or kind of bad record) of each record from a place on.
-
-        Slices are decoded in parallel and used in order, so threads change neither the order nor the pixels.
-        """
-        ahead = collections.deque()
-        for begin, records in self._slices(**place):
-            ahead.append((begin, records, self._prepare(records)))
-            if len(ahead) > self._look_ahead:
-                begin, records, future = ahead.popleft()
-                for i, (record, sample) in enumerate(zip(records, future.result(), strict=True), begin["position"] + 1):
-                    yield begin | {"position": i}, record["key"], sample
-
-    def _slices(self, places, window, position):
-        """Yields (place, records) of each slice from a place on."""
-        chunks = self._chunks(places)
-        begin, coming = places, []  # the next window: where it begins, and its records read so far
-
-        def fill(length):
-            nonlocal places
-            while len(coming) < length:
-                places, chunk = next(chunks)
-                coming.extend(chunk)
-
-        while True:
-            fill(self._source.window)
-            random.Random(f"{self._seed}/{window}").shuffle(coming)
-            records, current = coming[position:], begin  # a resumed window skips what was used up before
-            begin, coming = places, []
-            while records:
-                yield {"places": current, "window": window, "position": position}, records[:SLICE]
-                position += len(records[:SLICE])
-                del records[:SLICE]
-                # The next window fills at the pace at which this one empties: the loader never waits for a whole
-                # window, and never holds two.
-                fill(min(position, self._source.window))
-            window, position = window + 1, 0
-
-    def _chunks(self, places):
-        """Interleaves the source's shards, but gives up when the first records are all unreadable.
-
-        Otherwise a window would first have to fill with one bad record per shard.
-        """
-        unreadable = 0
-        for after, chunk in sources.interleave(self._source, self._schedule, places):
-            self._readable = self._readable or not all("bad" in record for record in chunk)
-            unreadable += len(chunk)
-            if not self._readable and unreadable >= NONE_AMONG:
-                last = chunk[-1]
-                raise UserError(
-                    f"config.data.train: none of the first {unreadable} records of a source can be used; the last, "
-                    f"{last['key']}: {last['bad']}. Check its path and format with `flip inspect`"
-                )
-            yield after, chunk
 
 
 class _Target(NamedTuple):

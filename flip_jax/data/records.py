@@ -1,9 +1,11 @@
 """The record that every kind of source yields, its limits, and the check that makes one usable.
 
-A record is {"key": str, "epoch": int, "image": bytes, "texts": list[str], "label": int | None}, or {"key", "epoch",
-"bad": KIND} if it cannot be used.
+A record is {"key": str, "epoch": int, "image": bytes, "texts": list[str], "caption": int, "label": int | None}, or
+{"key", "epoch", "bad": KIND} if it cannot be used. "caption" is the place that the texts come from in the source's
+`caption_names`, -1 if there are none.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,18 +28,19 @@ class BadRecord(ValueError):
 def sample(image: Any, captions: Iterable[Any], label: int | None = None) -> Record:
     """Checks the content of a record, and returns what its key and epoch are merged with.
 
-    Each of `captions` is a string, bytes, or a list of them; the first one that is not blank is used.
+    Each of `captions` is a string, bytes, or a list of them, which may be written as JSON; the first one that is not
+    blank is used.
     """
-    image = image.get("bytes") if isinstance(image, dict) else image
     if not image or not isinstance(image, bytes):
         return {"bad": "no image"}
     try:
-        texts = next(filter(None, map(_texts, captions)), [])
+        found = ((i, texts) for i, caption in enumerate(captions) if (texts := _texts(caption)))
+        place, texts = next(found, (-1, []))
     except UnicodeError:
         return {"bad": "caption is not UTF-8"}
     if len(image) > MAX_IMAGE or any(len(text) > MAX_TEXT for text in texts):
         return {"bad": "too large"}
-    return {"image": image, "texts": texts, "label": label}
+    return {"image": image, "texts": texts, "caption": place, "label": label}
 
 
 def _texts(value):
@@ -45,7 +48,20 @@ def _texts(value):
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str | bytes)]
     # Text from JSON may hold lone surrogates, which cannot be encoded.
     encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
-    return [text.decode() for text in encoded if text.strip()]
+    listed = (text for data in encoded for text in _json_list(data.decode()))
+    return [text for text in listed if text.strip()]
+
+
+def _json_list(text):
+    """Lists the strings in a JSON list of strings; any other text is one caption."""
+    if text.lstrip()[:1] == "[" and text.rstrip()[-1:] == "]":
+        try:
+            texts = json.loads(text)
+        except (ValueError, RecursionError):
+            return [text]
+        if all(isinstance(item, str) for item in texts):
+            return [item.encode(errors="replace").decode() for item in texts]  # JSON may hold lone surrogates
+    return [text]
 
 
 def example(data: bytes) -> dict[str, list[Any]] | None:

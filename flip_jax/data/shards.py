@@ -1,4 +1,4 @@
-"""Sources read from front to back: tar, TFRecord and Parquet files."""
+"""Sources read from front to back: tar and TFRecord files."""
 
 import functools
 import itertools
@@ -8,14 +8,15 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import google_crc32c
 
 from flip_jax.config import DataConfig
-from flip_jax.data import paths
-from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
+from flip_jax.data import fingerprint, paths, sources
+from flip_jax.data.records import END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
@@ -25,10 +26,17 @@ Sample = tuple[str, dict[str, Any], int]  # key in the shard, rest of the record
 RETRY_AFTER = (0.1, 0.3, 1.0)  # seconds between the attempts to read a shard
 TEXTS = ("txt", "json", "cls")
 MAX_BYTES = dict.fromkeys(IMAGES, MAX_IMAGE) | dict.fromkeys(TEXTS, MAX_TEXT)  # of a member of a tar
-IMAGE_FIELDS = (*IMAGES, "image", "image_bytes", "image/encoded")  # columns or features; the first that exists is used
+IMAGE_FIELDS = (
+    *IMAGES,
+    "image",
+    "images",
+    "image_bytes",
+    "image/encoded",
+)  # columns or features; the first that exists is used
 MAX_NAME = 2**20  # bytes
 MAX_SKIP = 2**40  # bytes; a header with a larger size is damaged, and file systems refuse to seek so far
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's rule: the key ends at the first dot
+_HIDDEN = re.compile(r"(?:^|/)(?:\.[^./]|__MACOSX/)")  # a part of a path; "." and ".." are none
 _PAX = re.compile(rb"^\d+ (path|size)=(.*)$", re.MULTILINE)
 
 
@@ -45,15 +53,21 @@ class Shards:
 
     class_names: list[str] | None = None
     templates: list[str] | None = None  # prompts for those classes, each with one {}
+    caption_names: Sequence[str] = ()  # where the texts of a record come from, for people
     at_once = 1  # items that `read` takes per call
 
     def __init__(self, pattern: str, data: DataConfig):
         self.paths, self.window, self.interleave = paths.expand(pattern), data.shuffle_window, data.interleave
-        self._captions = data.captions
+        self._data, self._captions = data, data.captions
+        self.ignored: Counter[str] = Counter()  # what no sample is made of, by kind
         self._failed = set()  # paths that all attempts failed for: they get one attempt in later epochs
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what identifies the files wherever they are."""
+        return fingerprint.of(self.paths)
 
     def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
         """Reads the records of one shard from `offset` on, each with the offset after it.
@@ -79,22 +93,15 @@ class Shards:
                     time.sleep(wait)
                     continue
                 self._failed.add(path)
-                problem, details = "unreadable shard", error
+                problem, details = "unreadable shard", paths.remedy(error)
             if problem:
                 _log.warning("%s: %s %s", path, problem, details)
-                yield {"key": shard, "epoch": epoch, "bad": problem}, END
+                yield {"key": shard, "epoch": epoch, "bad": problem, "why": f"{path}: {details}"}, END
             return
 
     def _samples(self, file: BinaryIO, offset: int, path: str) -> Iterator[Sample]:
         """Parses an open file from `offset` on. `Damaged` where the rest is lost, OSError where a retry may help."""
         raise NotImplementedError
-
-    def _require(self, columns, names):
-        """Returns the first of `names` among the columns."""
-        for name in names:
-            if name in columns:
-                return name
-        raise Damaged("missing column", f"wanted one of {', '.join(names)}; has {', '.join(columns)}")
 
 
 class WebDataset(Shards):
@@ -104,6 +111,12 @@ class WebDataset(Shards):
     a class number. Offsets are bytes. Class names and templates come from the files that CLIP_benchmark puts next to
     the shards.
     """
+
+    def __init__(self, pattern: str, data: DataConfig):
+        super().__init__(pattern, data)
+        self.caption_names = [sources.TEXT_FILE if name == "txt" else f"JSON key {name!r}" for name in data.captions]
+        self._images = [data.image.lower()] if data.image else IMAGES
+        self._limits = MAX_BYTES | {data.image.lower(): MAX_IMAGE} if data.image else MAX_BYTES
 
     @functools.cached_property
     def class_names(self):
@@ -128,17 +141,19 @@ class WebDataset(Shards):
         return None
 
     def _samples(self, file, offset, path):
-        for key, files in itertools.groupby(members(file, offset), key=lambda member: member.key):
+        data = paths.decompress(file)
+        found = members(data, offset, self.ignored)
+        for key, files in itertools.groupby(found, key=lambda member: member.key):
             parts, bad = {}, ""
             for _, extension, safe, size, end in files:  # noqa: B007  the last `end` is the sample's
                 if not safe:
                     bad = "unsafe member"
-                elif size > MAX_BYTES.get(extension, size):
+                elif size > self._limits.get(extension, size):
                     bad = "too large"
                 elif extension in parts:
                     bad = "duplicate key"
-                elif extension in MAX_BYTES:
-                    parts[extension] = file.read(size)
+                elif extension in self._limits:
+                    parts[extension] = data.read(size)
                     if len(parts[extension]) < size:
                         raise Damaged("tar cut short", f"in {key}.{extension}")
             if key:
@@ -153,7 +168,7 @@ class WebDataset(Shards):
         label = parts.get("cls", b"").strip()
         if not re.fullmatch(rb"\d{0,9}", label):
             return {"bad": "class is no number"}
-        image = next((parts[extension] for extension in IMAGES if extension in parts), None)
+        image = next((parts[extension] for extension in self._images if extension in parts), None)
         return sample(image, map(fields.get, self._captions), int(label) if label else None)
 
 
@@ -164,7 +179,16 @@ class TfRecord(Shards):
     as the start of the next record is then unknown.
     """
 
+    def __init__(self, pattern: str, data: DataConfig):
+        super().__init__(pattern, data)
+        self.caption_names = [f"feature {name!r}" for name in data.captions]
+        self._images = [data.image] if data.image else IMAGE_FIELDS
+
     def _samples(self, file, offset, path):
+        header = file.read(12)
+        # The length of a first record may look like the mark of a compressed file, but not with its checksum.
+        if len(header) == 12 and _masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
+            file = paths.decompress(file)
         file.seek(offset)
         while header := file.read(12):
             if len(header) < 12:
@@ -187,42 +211,8 @@ class TfRecord(Shards):
             if fields is None:
                 yield str(start), {"bad": "not an Example"}, offset
                 continue
-            image = next((fields[name][0] for name in IMAGE_FIELDS if fields.get(name)), None)
+            image = next((fields[name][0] for name in self._images if fields.get(name)), None)
             yield example_key(fields, start), sample(image, map(fields.get, self._captions)), offset
-
-
-class Parquet(Shards):
-    """Parquet files, as img2dataset writes them: columns `IMAGE_FIELDS`, captions, key. Offsets are rows.
-
-    Where an image is a struct, as in Hugging Face's data sets, its field "bytes" is used.
-    """
-
-    def _samples(self, file, offset, path):
-        import pyarrow  # slow to import, and not every source needs it
-
-        try:
-            yield from self._rows(file, offset)
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # a damaged file, or one read badly
-            raise OSError(f"{type(error).__name__}: {error}") from error
-
-    def _rows(self, file, offset):
-        from pyarrow import parquet
-
-        # Without these settings Arrow holds a whole row group in memory.
-        table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
-        names = table.schema_arrow.names
-        image = self._require(names, IMAGE_FIELDS)
-        self._require(names, self._captions)
-        columns = [name for name in (image, "key", *self._captions) if name in names]
-        # Skip whole row groups up to the offset without reading them, then `skip` rows of the next one.
-        group, skip = 0, offset
-        while group < table.num_row_groups and skip >= (count := table.metadata.row_group(group).num_rows):
-            group, skip = group + 1, skip - count
-        for batch in table.iter_batches(CHUNK, range(group, table.num_row_groups), columns, use_threads=False):
-            for row in batch.slice(min(skip, batch.num_rows)).to_pylist():
-                number, offset = offset, offset + 1
-                yield str(row.get("key") or number), sample(row[image], map(row.get, self._captions)), offset
-            skip = max(0, skip - batch.num_rows)
 
 
 class Member(NamedTuple):
@@ -235,9 +225,10 @@ class Member(NamedTuple):
     end: int = 0  # offset of the next member's header
 
 
-def members(file: BinaryIO, offset: int) -> Iterator[Member]:
+def members(file: BinaryIO, offset: int, ignored: Counter[str]) -> Iterator[Member]:
     """Iterates over the members of a tar from `offset` on; the file stands at each one's data while it is yielded.
 
+    Hidden files, and those in hidden folders or in macOS's __MACOSX, are counted in `ignored`.
     Python's own tarfile takes three times as long, which is as much as decoding a small image. Raises `Damaged` where
     a header is damaged, the end mark is missing, or the file is not a tar.
     """
@@ -260,8 +251,10 @@ def members(file: BinaryIO, offset: int) -> Iterator[Member]:
         except _BadHeader:
             if not block:  # cut exactly between two members: only the end mark is missing
                 yield Member(end=offset)
-            if offset or len(block) < 512:
+            if len(block) < 512:
                 raise Damaged("tar cut short", f"at byte {offset}") from None
+            if offset:
+                raise Damaged("shard damaged", f"no header at byte {offset}; the rest is lost") from None
             raise Damaged("unreadable shard", "not a tar file") from None
         # Data fills whole blocks. Links, devices and folders have none, whatever size their headers give.
         offset += 512 if kind in b"123456" else 512 + (size + 511) // 512 * 512
@@ -270,7 +263,9 @@ def members(file: BinaryIO, offset: int) -> Iterator[Member]:
             extended |= dict(_PAX.findall(body)) if kind == b"x" else {b"path": body}
         elif kind not in b"gK":  # PAX's global settings and GNU's long link targets do not matter here
             name = _member_name(block, extended)
-            if match := _NAME.fullmatch(name):
+            if _HIDDEN.search(name):
+                ignored["hidden files (._*, __MACOSX)"] += kind in b"\x0007"
+            elif match := _NAME.fullmatch(name):
                 safe = kind in b"\x0007" and not name.startswith("/") and ".." not in name.split("/")
                 yield Member(match[1], match[2].lower(), safe, size, offset)
             extended = {}

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import importlib
 import itertools
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,12 +17,14 @@ from flip_jax.runtime import UserError
 
 Places = list[list[int]]  # [entry of the schedule, offset in it] of each item that is being read
 
+TEXT_FILE = "text file (.txt)"  # the caption name of a member of a tar
+
 # The module and class of each kind; it is imported when a source of that kind is opened.
 KINDS: dict[str, str] = {
     "webdataset": "flip_jax.data.shards:WebDataset",
     "tfrecord": "flip_jax.data.shards:TfRecord",
-    "parquet": "flip_jax.data.shards:Parquet",
-    "csv": "flip_jax.data.indexed:Csv",
+    "parquet": "flip_jax.data.tables:Parquet",
+    "csv": "flip_jax.data.tables:Csv",
     "folder": "flip_jax.data.indexed:Folder",
     "karpathy": "flip_jax.data.indexed:Karpathy",
     "tfds": "flip_jax.data.indexed:Tfds",
@@ -57,12 +60,26 @@ def open_source(source: str, data: DataConfig, key: str = "source") -> Any:
     kind, _, rest = source.partition(":")
     if kind not in KINDS or not rest:
         raise UserError(f'{key} must be "KIND:REST" with KIND one of {", ".join(KINDS)}; got {source!r}')
+    rest = os.path.expanduser(rest)  # the shell expands "~" only at the start of a word
     module, _, name = KINDS[kind].partition(":")
     open_kind = getattr(importlib.import_module(module), name)
     try:
         return open_kind(rest, data)
     except (UserError, OSError) as error:  # OSError: the system or the store refuses a path of the source
         raise UserError(f"{key} {source!r}: {error}") from error
+
+
+def caption_name(source: Any, record: Record) -> str:
+    """Returns the column, key or file that the captions of a record come from, "" if the source does not say."""
+    names, place = getattr(source, "caption_names", ()), record.get("caption", -1)
+    return names[place] if 0 <= place < len(names) else ""
+
+
+def describe_captions(source: Any, record: Record) -> str:
+    """Says in a line where a record's captions come from, with an example; control characters are escaped."""
+    texts, name = record["texts"], caption_name(source, record) or "the source"
+    kind = "one text" if len(texts) == 1 else f"{len(texts)} texts"
+    return f"captions come from {name}, {kind} in the first, such as {texts[0][:100]!r}"
 
 
 def in_order(source: Any, indices: Iterator[int]) -> Iterator[Record]:

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +35,18 @@ _numbers = itertools.count()  # each sum over all processes has a name of its ow
 
 def tasks(config: Config) -> list[str]:
     """Returns config.eval.tasks, with entries "EVALUATOR/DATASET,EVALUATOR/DATASET" split into tasks."""
-    comma = rf",(?=(?:{'|'.join(EVALUATORS)})/)"  # the pattern of a source may have commas of its own
-    return [task for entry in config.eval.tasks for task in re.split(comma, entry)]
+    found = []
+    for entry in config.eval.tasks:
+        begun, *parts = entry.split(",")
+        for part in parts:  # the pattern of a source may have commas of its own, so a task starts at an evaluator
+            name, slash, _ = part.partition("/")
+            if slash and difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0.75):  # mistyped ones, too
+                found.append(begun)
+                begun = part
+            else:
+                begun += f",{part}"
+        found.append(begun)
+    return found
 
 
 def find(task: str, config: Config) -> tuple[Any, "Dataset"]:
@@ -63,16 +72,27 @@ def find(task: str, config: Config) -> tuple[Any, "Dataset"]:
     return evaluator, dataset
 
 
-def check(config: Config) -> None:
-    """Raises UserError for a task that cannot run, before time is spent on training."""
-    for task in tasks(config) if config.eval.every_steps else ():
-        _, dataset = find(task, config)
-        if task.startswith("classify/"):
-            from flip_jax.data import classes
-            from flip_jax.evaluators import datasets
+def problems(config: Config) -> list[str]:
+    """Returns the reason for each task that cannot run."""
+    reasons = []
+    for task in tasks(config):
+        try:
+            _, dataset = find(task, config)
+            if task.startswith("classify/"):
+                from flip_jax.data import classes
+                from flip_jax.evaluators import datasets
 
-            names = classes.trained(config)
-            datasets.match(datasets.with_classifier_names(dataset, names, config), config)
+                names = classes.trained(config)
+                datasets.match(datasets.with_classifier_names(dataset, names, config), config)
+        except UserError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def check(config: Config) -> None:
+    """Raises UserError that names all tasks that cannot run, before time is spent on training."""
+    if reasons := problems(config):
+        raise UserError("\n".join(reasons))
 
 
 def evaluate(encoder: "Encoder", task: str, config: Config) -> dict[str, float]:

@@ -97,7 +97,9 @@ def _find_known(name: str, source: str, train: str, config: Config) -> Dataset:
     """Describes a data set of the table, with `source` and `train` in place of its own splits where they are given."""
     row = known.get(name)
     folder = config.data.tfds_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
-    test = source or row.test.replace("DIR", folder)
+    size = "64" if config.model.image.image_size <= 64 else "224"  # the sizes in which data/emoji.py draws
+    own = {split: getattr(row, split).replace("DIR", folder).replace("SIZE", size) for split in ("test", "train")}
+    test = source or own["test"]
     try:
         opened = sources.open_source(test, config.data)
     except UserError as error:
@@ -109,7 +111,7 @@ def _find_known(name: str, source: str, train: str, config: Config) -> Dataset:
     return Dataset(
         name,
         test,
-        train or ("" if source else row.train.replace("DIR", folder)),
+        train or ("" if source else own["train"]),
         row.metric,
         names or classes.spaced(opened.class_names),
         tuple(config.eval.templates or recorded or opened.templates or DEFAULT_TEMPLATES),

@@ -22,8 +22,9 @@ class Unknown(UserError):
 class Known(NamedTuple):
     """One row of `KNOWN`.
 
-    Splits are sources; DIR stands for the folder of TFDS (config.data.tfds_dir). `classes` and `templates` name entries
-    of data/*.json where these differ from the data set's own name.
+    Splits are sources; DIR stands for the folder of TFDS (config.data.tfds_dir), SIZE for the drawings that fit the
+    model's image size. `classes` and `templates` name entries of data/*.json where these differ from the data set's own
+    name.
     """
 
     test: str
@@ -74,7 +75,7 @@ KNOWN = {
     "dsprites_orientation": _tfds("dsprites/train[90%:]#label_orientation", "dsprites/train[:80%]#label_orientation"),
     "dsprites_x": _tfds("dsprites/train[90%:]#label_x_position", "dsprites/train[:80%]#label_x_position"),
     "dtd": _tfds("dtd/test", "dtd/train+validation"),
-    "emoji": _tfds("emoji/test", "emoji/train"),
+    "emoji": _tfds("emoji/SIZE/test", "emoji/SIZE/train"),
     "eurosat": _tfds("eurosat/rgb/train[21600:]", "eurosat/rgb/train[:21600]"),
     "fer2013": _tars("fer2013"),
     "flowers": _tfds("oxford_flowers102/test", "oxford_flowers102/train+validation", metric="mean_per_class"),

@@ -117,8 +117,6 @@ def embed(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[np.ndarra
         rows = [texts for process in _from_all(own) for texts in process]
         images.append(embedded[[texts is not None for texts in rows]])
         captions += [texts for texts in rows if texts is not None]
-    # CLIP_benchmark's tars hold the captions of an image as the lines of one file.
-    captions = [[line for text in texts for line in text.splitlines() if line.strip()] for texts in captions]
     texts = [text for texts in captions for text in texts]
     if not texts:
         raise UserError(f"{dataset.test!r}: none of its {len(captions)} usable images has a caption")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import flip_jax
 from flip_jax import runtime
 from flip_jax.tools import COMMANDS
 
@@ -34,18 +35,18 @@ class _Once(argparse.Action):
         if self.dest in parser.given:
             raise argparse.ArgumentError(self, f"given twice; {QUOTES}")
         parser.given.add(self.dest)
+        if str(values).startswith("~"):  # the shell leaves it as it is in --out=~/PATH
+            values = type(values)(os.path.expanduser(values))
         setattr(namespace, self.dest, values)
 
 
 def version() -> str:
     """Return the versions of this package, JAX and Python, without importing JAX."""
-    found = []
-    for package in ("flip_jax", "jax"):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{package} (not installed)")
-    return ", ".join([*found, f"Python {platform.python_version()}"])
+    try:
+        jax = importlib.metadata.version("jax")
+    except importlib.metadata.PackageNotFoundError:
+        jax = "(not installed)"
+    return f"flip_jax {flip_jax.__version__}, jax {jax}, Python {platform.python_version()}"
 
 
 def select(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -60,7 +61,7 @@ def select(argv: Sequence[str]) -> tuple[str, list[str]]:
     parser.add_argument("--version", action="version", version=version())
     parser.add_argument("command", help=argparse.SUPPRESS)
     # Everything after the command's name belongs to the command, options included.
-    name = parser.parse_args(argv[:1]).command
+    name = parser.parse_args(argv[:1] or ["--help"]).command
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

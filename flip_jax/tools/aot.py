@@ -6,7 +6,6 @@ Exit codes: 0 the step fits, 1 it does not, 2 wrong usage.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import math
@@ -31,8 +30,6 @@ from flip_jax.tools import hlo
 
 EXAMPLE = "flip aot --config=configs/flip_l16.py --topology=v3:16x8 --config.mesh.fsdp=8"
 GIB = 2**30
-# The compiler's refusal of a program that does not fit, in the words of its early and its late passes.
-_REFUSAL = re.compile(r"(?:Used |\()([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G")
 
 
 class Chip(NamedTuple):
@@ -92,7 +89,7 @@ def devices(topology: str) -> list[jax.Device]:
 def analyse(config: Config, topology: str) -> dict[str, Any]:
     """Return what `--json` prints about the train step of `config` on a topology; bytes and FLOPs are per device.
 
-    For remat "auto" it describes the first policy that leaves a tenth of the memory free, or else the last policy.
+    For remat and microbatches "auto" it describes what a run would choose, or else the last that was tried.
 
     Raises:
       UserError: the topology, mesh and batch do not fit together.
@@ -101,17 +98,21 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     train.check_batches(config, mesh)
     chip = CHIPS.get(mesh.devices.flat[0].device_kind)
     limit = int(chip.memory * GIB) if chip else None
-    result: dict[str, Any] = {}
-    for policy in memory.policies(config, limit):
-        model = dataclasses.replace(config.model, remat=policy)
-        result = _analyse_policy(dataclasses.replace(config, model=model), topology, mesh, limit)
+
+    def attempt(choice):
+        result = _analyse_choice(choice, topology, mesh, limit)
+        arguments = result["memory"].get("arguments", result["state_bytes"] / sharding.batch_shards(mesh))
+        return memory.Trial(choice, result["memory"]["peak"], arguments, result)
+
+    for trial in memory.search(config, mesh, limit, attempt):
+        result = trial.result
         if result["fits"] and (result["memory"]["limit"] is None or result["memory"]["spare"] >= SPARE):
             break
     return result
 
 
-def _analyse_policy(config, topology, mesh, limit):
-    """`analyse` for one remat policy and devices of `limit` bytes (None: unknown)."""
+def _analyse_choice(config, topology, mesh, limit):
+    """`analyse` for one remat policy, one number of microbatches and devices of `limit` bytes (None: unknown)."""
     kind = mesh.devices.flat[0].device_kind
     result = {
         "topology": topology,
@@ -121,6 +122,7 @@ def _analyse_policy(config, topology, mesh, limit):
         "global_batch_size": config.global_batch_size,
         "mask_ratio": config.model.image.mask_ratio,
         "remat": config.model.remat,
+        "microbatches": config.microbatches,
     }
     _say(f"compiling for {mesh.size} devices of kind {kind}; this takes one to five minutes")
     start = time.perf_counter()
@@ -134,10 +136,10 @@ def _analyse_policy(config, topology, mesh, limit):
         # The compiler may still shrink what is saved, but not to half: such a refusal is not worth minutes.
         compiled, text = _compile(lowered, mesh) if not limit or needed <= 2 * limit else (None, None)
     except jax.errors.JaxRuntimeError as error:
-        refusal = _REFUSAL.search(str(error))
-        if not refusal:
+        refusal = memory.refusal(error)
+        if not refusal or math.isinf(refusal[0]):
             raise
-        needed, limit = (int(float(gib) * GIB) for gib in refusal.groups())
+        needed, limit = map(int, refusal)
         compiled, text = None, None
     seconds = time.perf_counter() - start
     if compiled is None:
@@ -236,7 +238,11 @@ def describe(result: dict[str, Any]) -> str:
     found, mesh = result["memory"], " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     rows = [
         ("devices", f"{result['devices']} {result['device_kind']} ({mesh})"),
-        ("batch", f"{result['global_batch_size']:,}, mask ratio {result['mask_ratio']}, remat {result['remat']}"),
+        (
+            "batch",
+            f"{result['global_batch_size']:,}, mask ratio {result['mask_ratio']}, remat {result['remat']}"
+            + (f", {result['microbatches']} microbatches" if result["microbatches"] > 1 else ""),
+        ),
         ("compiled", f"in {result['compile_seconds']:.0f} s"),
         ("memory", _size(found["peak"])),
     ]
@@ -278,7 +284,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="RECIPE", help="configs/NAME.py[:ARG]; --config.KEY=VALUE changes a setting"
     )
     parser.add_argument(
-        "--topology", required=True, metavar="[SLICES*]GENERATION:SHAPE", help="in chips; or cpu:DEVICES"
+        "--topology", required=True, help="[SLICES*]GENERATION:SHAPE, the shape in chips; or cpu:DEVICES"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 

@@ -33,7 +33,8 @@ _log = logging.getLogger(__name__)
 def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
     """Make the page of a model; it answers only requests to one of `hosts`, or to any if there are none.
 
-    The answer to refused input is status 400 (or 403, 404, 413) with {"error": reason}.
+    Prompt, strategy and ratio default to the values that the page starts with. The answer to refused
+    input is status 400 (or 403, 404, 413) with {"error": reason}.
     """
     about = demo.about() | {"max_upload": MAX_UPLOAD}
     one_at_a_time = asyncio.Lock()
@@ -44,16 +45,18 @@ def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
 
     async def classify(request: web.Request) -> web.Response:
         form = await request.post()
-        return await ask(demo.classify, _image(demo, form), _text(form, "names"), _text(form, "template"))
+        return await ask(
+            demo.classify, _image(demo, form), _text(form, "names"), _text(form, "template", about["template"])
+        )
 
     async def mask(request: web.Request) -> web.Response:
         form = await request.post()
-        ratio_text, seed_text = _text(form, "ratio"), _text(form, "seed")
+        ratio_text, seed_text = _text(form, "ratio", str(about["mask_ratio"])), _text(form, "seed", "0")
         try:
             ratio, seed = float(ratio_text), int(seed_text) % 2**31
         except ValueError as error:
             raise UserError(f"The ratio and the seed of a mask must be numbers: {error}.") from error
-        return await ask(demo.mask, _image(demo, form), _text(form, "strategy"), ratio, seed)
+        return await ask(demo.mask, _image(demo, form), _text(form, "strategy", about["mask"]), ratio, seed)
 
     async def search(request: web.Request) -> web.Response:
         return await ask(demo.search, _text(await request.post(), "text"))
@@ -127,8 +130,8 @@ def _image(demo, form):
     raise UserError("Drop an image first.")
 
 
-def _text(form, name):
-    value = form.get(name)
+def _text(form, name, default=None):
+    value = form.get(name, default)
     if not isinstance(value, str):
         raise UserError(f"The form has no text {name!r}.")
     return value

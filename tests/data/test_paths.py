@@ -34,6 +34,7 @@ def test_patterns_expand_as_in_webdataset(tmp_path):
         ),
         (f"webdataset:{tmp_path}/c*.tar", r"1 of 1 shards are missing, first .*c\*.tar"),
         (f"webdataset:{tmp_path}/nowhere/0.tar", "1 of 1 shards are missing"),
+        (f"webdataset:{tmp_path}/", rf"{tmp_path}/' is a folder; .* such as {tmp_path}/\*.tar"),
         (f"{tmp_path}/a-08.tar", r"config.data.train must be \"KIND:REST\" with KIND one of webdataset, tfrecord"),
         ("", "config.data.train must be"),
         ("webdataset:", "config.data.train must be"),

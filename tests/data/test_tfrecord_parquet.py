@@ -116,10 +116,11 @@ def test_parquet_is_read_and_resumes_at_every_row(tmp_path):
 
 
 def test_columns_are_named_by_the_settings(tmp_path, no_waiting):
-    columns = {"TEXT": ["a", "b"], "image": [{"bytes": b"1", "path": "x"}, {"bytes": b"2", "path": "y"}]}
+    columns = {"Words": ["a", "b"], "image": [{"bytes": b"1", "path": "x"}, {"bytes": b"2", "path": "y"}]}
     path = write_parquet(tmp_path / "0.parquet", **columns)
-    assert summary(records("parquet", path)) == [("0.parquet", None, "missing column")]
-    found = records("parquet", path, captions=("none", "TEXT"))
+    assert [r["texts"] for r in records("parquet", path)] == [[], []]
+    assert summary(records("parquet", path, image="picture")) == [("0.parquet", None, "missing column")]
+    found = records("parquet", path, captions=("none", "WORDS"))
     assert [(r["key"], r["image"], r["texts"]) for r in found] == [
         ("0.parquet/0", b"1", ["a"]),
         ("0.parquet/1", b"2", ["b"]),
@@ -138,7 +139,7 @@ def test_a_damaged_parquet_is_one_bad_record(tmp_path, no_waiting):
 
 def test_of_several_captions_the_first_that_holds_text_is_used(tmp_path):
     json_text = b'{"caption": " ", "captions": [5, ""], "text": ["one", "two"]}'
-    path = write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.json", json_text), ("0.txt", b"last")])
+    path = write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.json", json_text), ("0.txt", b" ")])
     assert [record["texts"] for record in records("webdataset", path)] == [["one", "two"]]
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from helpers import REPO, SIZE, Known, eval_config, picture, run_command, unit, write_samples
 
 from flip_jax import evaluators
-from flip_jax.config import FinetuneConfig
+from flip_jax.config import Config, EvalConfig, FinetuneConfig
 from flip_jax.data import classes as class_lists
 from flip_jax.evaluators import datasets, known
 from flip_jax.runtime import UserError
@@ -210,6 +210,14 @@ def test_unknown_names_are_told_from_missing_data(tmp_path, task, unknown):
     assert isinstance(raised.value, known.Unknown) == unknown
 
 
+def test_a_mistyped_later_task_is_named_by_itself():
+    entry = "zeroshot/webdataset:/a/{0,1}.tar,zeroshoot/emoji,retrieval/coco"
+    config = Config(eval=EvalConfig(tasks=(entry,)))
+    assert evaluators.tasks(config) == ["zeroshot/webdataset:/a/{0,1}.tar", "zeroshoot/emoji", "retrieval/coco"]
+    with pytest.raises(UserError, match="^'zeroshoot/emoji' must be EVALUATOR/DATASET"):
+        evaluators.find(evaluators.tasks(config)[1], config)
+
+
 def test_all_known_datasets_have_names_prompts_and_a_metric():
     templates = known.recorded_templates()
     without_names = {"emoji", "objectnet", "objectnet_80", "coco", "flickr30k"}
@@ -324,7 +332,7 @@ def test_tasks_that_do_not_suit_the_model_are_refused(classified, evaluator, cla
 LOADED = """
 import sys
 from flip_jax import evaluators
-from flip_jax.config import FinetuneConfig
+from flip_jax.config import Config, EvalConfig, FinetuneConfig
 from flip_jax.config import Config, EvalConfig
 evaluators.check(Config(eval=EvalConfig(every_steps={every_steps}, tasks={tasks})))
 print(*sys.modules)

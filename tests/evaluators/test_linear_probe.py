@@ -117,3 +117,15 @@ def test_unusable_training_splits_are_refused(task, evaluator):
         evaluators.find(f"{evaluator}/{name.partition(';')[0]}", eval_config())
     with pytest.raises(UserError, match="nowhere"):
         evaluators.find(f"{evaluator}/{name.partition(';')[0]};train=webdataset:/nowhere/*.tar", eval_config())
+
+
+def test_the_search_makes_no_more_fits_than_its_progress_says():
+    for best in np.arange(-6, 6.1, 1 / 8):
+        asked = []
+
+        def quality(exponent, asked=asked, best=best):
+            asked.append(exponent)
+            return (-abs(exponent - best),)
+
+        linear_probe.best_exponent(quality)
+        assert 7 < len(asked) + 1 <= linear_probe.FITS

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import pathlib
 import subprocess
 import sys
 
@@ -62,6 +63,20 @@ def test_help_lists_every_command_without_importing_jax():
         assert f"\n  {name:10}{line}\n" in done.stdout
 
 
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_home_is_expanded_in_paths(kind, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = __main__.Parser()
+    parser.add_argument("--out", type=kind)
+    assert parser.parse_args(["--out=~/x"]).out == kind("/home/me/x")
+
+
+def test_no_command_prints_the_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main([])
+    assert not stopped.value.code and "evaluate" in capsys.readouterr().out
+
+
 def test_version_names_the_package_and_jax(capsys):
     with pytest.raises(SystemExit) as stopped:
         __main__.main(["--version"])
@@ -74,7 +89,6 @@ def test_version_names_the_package_and_jax(capsys):
     [
         (["evalute"], "flip: error: unknown command 'evalute'; did you mean evaluate? flip --help lists all commands"),
         (["xyz"], "flip: error: unknown command 'xyz'; flip --help lists all commands"),
-        ([], "flip: error: the following arguments are required: command"),
         (["--verbose", "inspect"], "flip: error: the following arguments are required: command"),
     ],
 )

@@ -69,6 +69,9 @@ def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_unchang
     assert json.loads((tmp_path / "theirs" / "card.json").read_text())["library"] == "open_clip"
     before, after = load_file(WEIGHTS), load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
     assert before.keys() == after.keys()
+    modes = {path.stat().st_mode for path in (tmp_path / "theirs").iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}  # as readable as any other new file
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, err_msg=name)
     exported = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from flip_jax.config import ModelConfig
 from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
@@ -181,7 +181,8 @@ def export_model(
     if not isinstance(tokenizer, ClipTokenizer):
         for name, content in _tokenizer_files(tokenizer, model.text.context_length).items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, path)
+    # Not safetensors' save_file, whose files only their owner can read.
+    path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in weights.items()}))
     return notes
 
 

@@ -1,0 +1,100 @@
+"""The shuffled, decoded records of one source, from a position that can be saved and resumed exactly."""
+
+import collections
+import logging
+import random
+
+from flip_jax.data import sources
+from flip_jax.runtime import UserError
+
+_log = logging.getLogger(__name__)
+
+SLICE = 16  # records that a thread decodes at a time
+NONE_AMONG = 100  # records of which none can be used, at the start of a run
+
+
+class Stream:
+    """The shuffled, decoded records of one source: (key, sample or kind of bad record) each.
+
+    Records are shuffled in windows. A window can be read again from where it began, and its shuffle depends on its
+    number alone, so the whole state is `place`: where the window in use began ("places", one per shard that is being
+    read), its number ("window"), and how many of its records are used up ("position").
+    """
+
+    def __init__(self, source, schedule, seed, prepare, look_ahead, says_captions):
+        self._source, self._schedule, self._seed = source, schedule, seed
+        self._prepare, self._look_ahead = prepare, look_ahead
+        self._readable, self._says = False, says_captions
+        places = [[i, 0] for i in range(min(source.interleave, schedule.per_epoch))]
+        self.go_to({"places": places, "window": 0, "position": 0}, 0)
+
+    def go_to(self, place, read):
+        """Continues from a saved place, at which `read` records had been read."""
+        self.place, self.read, self._samples = place, read, self._decoded(place)
+
+    def __next__(self):
+        self.place, key, sample = next(self._samples)
+        self.read += 1
+        return key, sample
+
+    def close(self):
+        self._samples.close()
+
+    def _decoded(self, place):
+        """Yields (place after it, key, sample or kind of bad record) of each record from a place on.
+
+        Slices are decoded in parallel and used in order, so threads change neither the order nor the pixels.
+        """
+        ahead = collections.deque()
+        for begin, records in self._slices(**place):
+            ahead.append((begin, records, self._prepare(records)))
+            if len(ahead) > self._look_ahead:
+                begin, records, future = ahead.popleft()
+                for i, (record, sample) in enumerate(zip(records, future.result(), strict=True), begin["position"] + 1):
+                    yield begin | {"position": i}, record["key"], sample
+
+    def _slices(self, places, window, position):
+        """Yields (place, records) of each slice from a place on."""
+        chunks = self._chunks(places)
+        begin, coming = places, []  # the next window: where it begins, and its records read so far
+
+        def fill(length):
+            nonlocal places
+            while len(coming) < length:
+                places, chunk = next(chunks)
+                coming.extend(chunk)
+
+        while True:
+            fill(self._source.window)
+            random.Random(f"{self._seed}/{window}").shuffle(coming)
+            records, current = coming[position:], begin  # a resumed window skips what was used up before
+            begin, coming = places, []
+            while records:
+                yield {"places": current, "window": window, "position": position}, records[:SLICE]
+                position += len(records[:SLICE])
+                del records[:SLICE]
+                # The next window fills at the pace at which this one empties: the loader never waits for a whole
+                # window, and never holds two.
+                fill(min(position, self._source.window))
+            window, position = window + 1, 0
+
+    def _chunks(self, places):
+        """Interleaves the source's shards, but gives up when the first records are all unreadable.
+
+        Otherwise a window would first have to fill with one bad record per shard.
+        """
+        unreadable = 0
+        for after, chunk in sources.interleave(self._source, self._schedule, places):
+            self._readable = self._readable or not all("bad" in record for record in chunk)
+            if self._says and (record := next((record for record in chunk if record.get("texts")), None)):
+                _log.info("config.data.train: %s", sources.describe_captions(self._source, record))
+                self._says = False
+            unreadable += len(chunk)
+            if not self._readable and unreadable >= NONE_AMONG:
+                last = chunk[-1]
+                why = f" ({last['why']})" if "why" in last else ""
+                raise UserError(
+                    f"config.data.train: none of the first {unreadable} records of a source can be used; the last, "
+                    f"{last['key']}: {last['bad']}{why}. Check its path and format with `flip inspect`"
+                )
+            yield after, chunk
