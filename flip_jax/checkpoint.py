@@ -125,11 +125,6 @@ class Checkpoints:
                 + remedy
             )
 
-    def say_saved(self):
-        """Says so if the save in progress is complete; does not wait for it."""
-        if self._saving and not self._manager.is_saving_in_progress():
-            self.wait()
-
     def _knows_data(self) -> bool:
         """Tells whether the newest step says which files it was trained on; then `restore` compares those."""
         states = (self.directory / str(self.latest()) / "data").iterdir()
@@ -146,6 +141,11 @@ class Checkpoints:
                 f"{where}: {saved[where : where + 1]} then, {names[where : where + 1]} now ({len(saved)} and "
                 f"{len(names)} classes). Restore the class folders, or start a new run with config.init_from"
             )
+
+    def say_saved(self):
+        """Says so if the save in progress is complete; does not wait for it."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self):
         """Returns when all that was started is saved."""

@@ -35,7 +35,7 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         finite: the message names the step and the keys of its samples.
     """
     started = time.perf_counter() if started is None else started
-    workdir = epath.Path(workdir).expanduser()
+    workdir = epath.Path(workdir)
     if config.profile and "://" in os.fspath(workdir):
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
     mesh = sharding.make_mesh(config.mesh)
