@@ -160,7 +160,7 @@ class EvalConfig:
 
     EVALUATOR is an entry of `evaluators.EVALUATORS`. DATASET is NAME, one of `evaluators.known.KNOWN`; NAME=SOURCE,
     where its images lie elsewhere; or SOURCE, as in `DataConfig.train`. Where something is fitted on a training split,
-    ";train=SOURCE" follows. `classnames` names a file of class names (one a line, or a JSON list) for tasks that
+    ";train=SOURCE" follows. `classnames` names a file of class names (one a line, or JSON) for tasks that
     are a SOURCE, `templates` are prompts with {} for the name; where they are empty, the set's own are used.
 
     `mask` is the part of an image that is encoded (the paper's table 1d): all of it, "intact"; one random part of the

@@ -17,6 +17,7 @@ from flip_jax.config import Config, MeshConfig
 from flip_jax.data import transforms
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.flip import FLIP, normalise
+from flip_jax.runtime import UserError
 
 
 class Encoder:
@@ -50,15 +51,16 @@ class Encoder:
         other.params = params
         return other
 
-    def encode_image(self, images: np.ndarray | Sequence[Image.Image], mask: str = "intact") -> jax.Array:
-        """Returns normalised embeddings [B, embed_dim] of uint8 images [B, S, S, 3], or of PIL images of any size.
+    def encode_image(self, images: np.ndarray | Image.Image | Sequence[Image.Image], mask: str = "intact") -> jax.Array:
+        """Returns normalised embeddings [B, embed_dim] of PIL images of any size, or of uint8 images [B, S, S, 3].
 
-        `mask` says how much of an image is seen, as in `config.EvalConfig`. With several processes each gives its own
-        rows, and the result is the global array.
+        One PIL image counts as a list of one. `mask` says how much of an image is seen, as in `config.EvalConfig`.
+        With several processes each gives its own rows, and the result is the global array.
+
+        Raises:
+          UserError: arrays of another type or shape, an image that cannot be used, or something else than images.
         """
-        if not isinstance(images, np.ndarray):
-            size = self.config.model.image.image_size
-            images = np.stack([transforms.eval_image(image, size, self.config.data) for image in images])
+        images = self._pixels(images)
         # A model that each process has loaded for itself is on a mesh of its own.
         shards = sharding.batch_shards(self.mesh) // len({device.process_index for device in self.mesh.devices.flat})
         padding = -len(images) % shards
@@ -67,8 +69,48 @@ class Encoder:
         embedded = self._image(self.params, array, mask=mask)
         return embedded[: len(images)] if padding else embedded
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns normalised embeddings [B, embed_dim] of strings; with several processes each gives all of them."""
+    def _pixels(self, images: Any) -> np.ndarray:
+        """Returns images as the towers take them, or raises UserError with the remedy."""
+        size = self.config.model.image.image_size
+        wanted = f"uint8 [B, {size}, {size}, 3] or PIL images, which are cropped and resized to that"
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
+            pixels = np.zeros((len(images), size, size, 3), np.uint8)
+            for i, image in enumerate(images):
+                try:
+                    pixels[i] = transforms.eval_image(image, size, self.config.data)
+                except transforms.BadImage as error:
+                    raise UserError(f"image {i}, of mode {image.mode}, cannot be used: {error}") from error
+            return pixels
+        if not hasattr(images, "shape") or not hasattr(images, "__array__"):
+            given = f"{type(images).__name__} of {type(images[0]).__name__}" if isinstance(images, list | tuple) else ""
+            raise UserError(
+                f"images must be {wanted}; got {given or type(images).__name__}. Open files with PIL.Image.open, and "
+                "join arrays with numpy.stack"
+            )
+        array = np.asarray(images)
+        if array.dtype == np.uint8 and array.shape[1:] == (size, size, 3):
+            return array
+        remedy = "give PIL images, PIL.Image.fromarray(array)"
+        if array.dtype != np.uint8:
+            remedy = "values are 0 to 255, and the model normalises them itself: give the image before any scaling"
+        elif array.shape == (size, size, 3):
+            remedy = "add the batch axis, array[None]"
+        elif array.ndim == 4 and array.shape[1] == 3:
+            remedy = "channels come last, array.transpose(0, 2, 3, 1)"
+        raise UserError(f"images must be {wanted}; got {array.dtype} {list(array.shape)}: {remedy}")
+
+    def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Returns normalised embeddings [B, embed_dim] of strings; with several processes each gives all of them.
+
+        One string counts as a list of one. UserError for a classifier, or for what is no string.
+        """
+        if self.tokenizer is None:
+            raise UserError("a fine-tuned classifier reads no text: use the model that it started from")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"texts must be strings, got {type(wrong[0]).__name__} {str(wrong[0])[:50]!r}")
         tokens = self.tokenizer(texts, self.config.model.text.context_length)
         padded = np.pad(tokens, [(0, -len(tokens) % sharding.batch_shards(self.mesh)), (0, 0)])
         rows = sharding.batch_sharding(self.mesh)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from flip_jax import config_check, masking, sharding
 from flip_jax.config import MeshConfig
 from flip_jax.inference import Encoder
 from flip_jax.masking import gather, patchify
 from flip_jax.models.flip import FLIP
+from flip_jax.runtime import UserError
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,42 @@ def test_other_weights_leave_the_encoder_as_it_is(encoder):
     other = encoder.with_params(jax.tree.map(lambda x: x + 0.1, encoder.params))
     assert np.abs(np.asarray(other.encode_image(image)) - before).max() > 1e-3
     np.testing.assert_array_equal(encoder.encode_image(image), before)
+
+
+def test_pil_images_are_cropped_and_arrays_must_be_what_the_model_takes(encoder):
+    image = helpers.batch(2)[0]
+    truth = np.asarray(encoder.encode_image(image))
+    one = Image.fromarray(image[0])
+    np.testing.assert_allclose(encoder.encode_image(one), truth[:1], atol=helpers.EMBEDDING)
+    both = encoder.encode_image([one, Image.fromarray(image[1])])
+    np.testing.assert_allclose(both, truth, atol=helpers.EMBEDDING)
+    np.testing.assert_allclose(encoder.encode_image(jnp.asarray(image)), truth, atol=helpers.EMBEDDING)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((2, 32, 32, 3), np.float32), r"got float32 \[2, 32, 32, 3\]: values are 0 to 255"),
+        (np.zeros((32, 32, 3), np.uint8), r"got uint8 \[32, 32, 3\]: add the batch axis, array\[None\]"),
+        (np.zeros((2, 3, 32, 32), np.uint8), "channels come last"),
+        (np.zeros((2, 48, 48, 3), np.uint8), r"uint8 \[B, 32, 32, 3\] or PIL images.* give PIL images"),
+        ("cat.png", "got str. Open files with PIL.Image.open"),
+        (["cat.png"], "got list of str. Open files with"),
+        ([np.zeros((32, 32, 3), np.uint8)], "got list of ndarray.* numpy.stack"),
+        (Image.fromarray(np.full((9, 9), 7.0, np.float32)), "image 0, of mode F, cannot be used: float image outside"),
+    ],
+)
+def test_other_images_are_refused_with_the_remedy(encoder, images, message):
+    with pytest.raises(UserError, match=message):
+        encoder.encode_image(images)
+
+
+def test_one_string_is_one_text_and_a_classifier_reads_none(encoder):
+    two_towers = helpers.make_encoder()
+    found = two_towers.encode_text("picture 1")
+    np.testing.assert_array_equal(found, two_towers.encode_text(["picture 1"]))
+    assert found.shape == (1, 16)
+    with pytest.raises(UserError, match="texts must be strings, got int '3'"):
+        two_towers.encode_text(["a", 3])
+    with pytest.raises(UserError, match="a fine-tuned classifier reads no text"):
+        encoder.encode_text("picture 1")  # it has no tokenizer

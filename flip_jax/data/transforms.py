@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from flip_jax.config import DataConfig
 from flip_jax.data.records import BadRecord
@@ -76,7 +77,7 @@ def decode(data: bytes, size: int, settings: DataConfig, rng: random.Random | No
     if settings.resize == "antialias" and rng:
         # A JPEG decodes faster at a half, quarter or eighth; the window keeps at least twice the pixels it needs.
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(window[2:]) >= 2 * s * size)
-    pixels, scale = _pixels(image, data, scale, settings)
+    pixels, scale = _pixels(image, data, scale, fast=settings.resize == "official")
     pixels = _upright(pixels, orientation)
     if pixels.shape != (math.ceil(height / scale), math.ceil(width / scale), 3):
         raise BadImage("image does not decode")  # its header gives one size and its body another
@@ -96,9 +97,16 @@ def _run_decoder(call: Callable[..., Any], *arguments, **keywords):
 
 
 def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarray:
-    """Crops and resizes an image of any mode to its centre square, as `decode` does without a generator."""
-    window = centre_window(image.height, image.width, min(image.size))
-    return _resize(np.asarray(_to_rgb(image)), window, size, settings, train=False)
+    """Turns, crops and resizes an opened image of any mode, to the pixels that `decode` gives without a generator.
+
+    Only a JPEG that is loaded already may differ, by a grey level, where `settings.resize` is "official".
+    """
+    if isinstance(image, JpegImageFile) and image.tile and image.fp:  # not loaded yet
+        image.fp.seek(0)
+        return decode(image.fp.read(), size, settings)
+    pixels = upright_rgb(image)
+    height, width = pixels.shape[:2]
+    return _resize(pixels, centre_window(height, width, min(height, width)), size, settings, train=False)
 
 
 def upright_rgb(image: Image.Image) -> np.ndarray:
@@ -123,13 +131,15 @@ def _orientation(image):
     return orientation if orientation in range(1, 9) else 1
 
 
-def _pixels(image, data, scale, settings):
-    """Decodes an opened image to RGB [height, width, 3]. Returns that and its scale, which is 1 unless it is a JPEG."""
+def _pixels(image, data, scale, fast):
+    """Decodes an opened image to RGB [height, width, 3]. Returns that and its scale, which is 1 unless it is a JPEG.
+
+    `fast` is the official code's transform, within one grey level of the exact one, which Pillow also uses.
+    """
     if image.format not in ("JPEG", "MPO"):
         return np.asarray(_to_rgb(image)), 1
     if image.mode != "CMYK":
         width, height = (math.ceil(n / scale) for n in image.size)
-        fast = settings.resize == "official"  # the official code's choice; within one grey level of the exact transform
         try:
             return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, fastdct=fast), scale
         except ValueError:
@@ -139,16 +149,37 @@ def _pixels(image, data, scale, settings):
 
 
 def _to_rgb(image):
-    """Converts any mode to RGB: transparency on white, the upper 8 bits of 16-bit grey."""
+    """Converts any mode to RGB: transparency on white, more than 8 bits scaled by the range of their format."""
     _run_decoder(image.load)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_eight_bits(image))
+    if image.mode == "La":  # grey multiplied by its alpha, which only converts to LA
+        image = _run_decoder(image.convert, "LA")
+    if "transparency" not in image.info and image.mode not in ("RGBA", "RGBa", "LA", "PA"):
         return image if image.mode == "RGB" else _run_decoder(image.convert, "RGB")
     image = _run_decoder(image.convert, "RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, (0, 0), image)
     return white
+
+
+def _eight_bits(image):
+    """Scales grey values of more than 8 bits to uint8; BadImage where their range is unknown or unused."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+            raise BadImage("float image outside [0, 1]")
+        return np.rint(values * 255).astype(np.uint8)
+    # Only TIFF has other widths; Pillow opens 16-bit PPM as mode I. The first tag is the number of bits, the second is
+    # 2 for signed values.
+    bits = tags.get(258, (16,))[0] if tags or image.mode != "I" or image.format in ("PNG", "PPM") else 32
+    full = 2.0 ** (bits - (tags.get(339, (1,))[0] == 2))
+    values = values.astype(np.float64)
+    if bits == 32 and full == 2.0**32:
+        values %= full  # Pillow reads unsigned 32-bit values as signed ones
+    if values.min() < 0 or (bits > 16 and 0 < values.max() < full / 256):
+        raise BadImage("integer image of unknown range")
+    return (values * (256 / full)).astype(np.uint8)
 
 
 def _upright(pixels, orientation):

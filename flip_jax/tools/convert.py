@@ -35,9 +35,9 @@ def from_official(folder: str, out: str, config: Config) -> None:
     card.write(out, card.describe(config, tokenizer, f"converted from the official checkpoint {folder}"))
 
 
-def from_open_clip(file: str, out: str, settings: str, vocab: str) -> None:
+def from_open_clip(file: str, out: str, settings: str, vocab: str, activation: str = "") -> None:
     """Convert a safetensors file, given open_clip's JSON configuration and its byte pairs."""
-    model, params = open_clip.import_model(pathlib.Path(file), pathlib.Path(settings))
+    model, params = open_clip.import_model(pathlib.Path(file), pathlib.Path(settings), activation)
     config = Config(model=model, data=DataConfig(vocab=vocab))
     tokenizer = _tokenizer(config)
     checkpoint.write(out, params, tokenizer, config)
@@ -82,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="RECIPE", help="official: configs/NAME.py[:ARG]; --config.KEY=VALUE changes a setting"
     )
     parser.add_argument("--open_clip_config", metavar="JSON", help="open-clip-import: the model's configuration")
+    parser.add_argument(
+        "--activation", choices=("gelu", "quick_gelu"), default="", help="open-clip-import: if the JSON does not say it"
+    )
     parser.add_argument("--vocab", metavar="FILE", help="open-clip-import: open_clip's bpe_simple_vocab_16e6.txt.gz")
 
 
@@ -97,7 +100,7 @@ def main(arguments: argparse.Namespace) -> None:
     elif arguments.conversion == "open-clip-import":
         if not (arguments.open_clip_config and arguments.vocab):
             raise UserError("open-clip-import needs --open_clip_config and --vocab")
-        from_open_clip(source, out, arguments.open_clip_config, arguments.vocab)
+        from_open_clip(source, out, arguments.open_clip_config, arguments.vocab, arguments.activation)
     else:
         to_open_clip(source, out)
     print(f"{source} -> {out}")

@@ -186,7 +186,7 @@ def test_damaged_files_are_refused(tmp_path):
     weights = load_file(WEIGHTS)
     for value, reason in (
         (np.float32(np.nan), "not finite: logit_scale"),
-        (np.float64(1), "logit_scale is of type F64"),
+        (np.int64(1), "logit_scale is of type I64"),
     ):
         save_file(weights | {"logit_scale": np.array(value)}, path)
         with pytest.raises(UserError, match=reason):
@@ -195,6 +195,48 @@ def test_damaged_files_are_refused(tmp_path):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.json"):
             open_clip.import_model(WEIGHTS, tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_prefixes_constants_and_other_precisions_are_read(tmp_path, prefix):
+    weights = load_file(WEIGHTS)
+    wrapped = {prefix + name: value.astype(np.float64) for name, value in weights.items()}
+    save_file(wrapped | {f"{prefix}attn_mask": np.zeros((12, 12))}, tmp_path / "x.safetensors")
+    for ours, truth in zip(
+        jax.tree.leaves(open_clip.import_model(tmp_path / "x.safetensors", SETTINGS)),
+        jax.tree.leaves(open_clip.import_model(WEIGHTS, SETTINGS)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, truth)
+
+
+def test_an_activation_that_is_not_stated_is_asked_for(tmp_path):
+    model_cfg = {key: value for key, value in CONTENT["model_cfg"].items() if key != "quick_gelu"}
+    silent, openai = tmp_path / "silent.json", tmp_path / "openai.safetensors"
+    silent.write_text(json.dumps({"model_cfg": model_cfg}))
+    save_file(load_file(WEIGHTS) | {"input_resolution": np.array(32)}, openai)
+    with pytest.raises(UserError, match="silent.json does not say quick_gelu.* give --activation=quick_gelu"):
+        open_clip.import_model(WEIGHTS, silent)
+    with pytest.raises(UserError, match="OpenAI trained with QuickGELU, but .*silent.json does not say so"):
+        open_clip.import_model(openai, silent)
+    for activation in ("gelu", "quick_gelu"):
+        assert open_clip.import_model(openai, silent, activation)[0].activation == activation
+    with pytest.raises(UserError, match="quick_gelu True, which --activation=gelu contradicts"):
+        open_clip.import_model(WEIGHTS, SETTINGS, "gelu")
+
+
+def test_files_of_other_libraries_are_recognised(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(
+        UserError, match="pytorch_model.bin is a file of PyTorch.* Save the model with open_clip: `python"
+    ):
+        open_clip.import_model(tmp_path / "pytorch_model.bin", SETTINGS)
+    save_file({"text_model.embeddings.token_embedding.weight": np.zeros(1)}, tmp_path / "hf.safetensors")
+    with pytest.raises(UserError, match="hf.safetensors has the names of Hugging Face's transformers"):
+        open_clip.import_model(tmp_path / "hf.safetensors", SETTINGS)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match="config.json is a configuration of Hugging Face's transformers"):
+        open_clip.import_model(WEIGHTS, tmp_path / "config.json")
 
 
 def test_learned_positions_are_trained_resized_and_not_decayed():

@@ -21,17 +21,30 @@ from flip_jax.tools.compat.official import abstract_params
 from flip_jax.tools.compat.open_clip_settings import EPS, model_settings, open_clip_settings
 
 MAX_JSON_BYTES = 2**20
+BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # constants; the last 3 are OpenAI's alone
+SAVE = """Save the model with open_clip: `python -c "import open_clip, safetensors.torch as s; s.save_file(\
+open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai').state_dict(), 'open_clip_model.safetensors')"`, with \
+your model's name and its tag or file. Repositories of the hub often hold open_clip_model.safetensors already"""
 
 
-def import_model(weights: pathlib.Path, settings: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+def import_model(
+    weights: pathlib.Path, settings: pathlib.Path, activation: str = ""
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a model's settings and weights from open_clip's JSON configuration and a safetensors file.
 
+    `activation` is gelu or quick_gelu, for a configuration that does not say which.
+
     Raises:
-      UserError: a file is damaged, our settings cannot express the architecture (the message says why), or names or
-        shapes differ (both sides are listed).
+      UserError: a file is damaged or of another library, our settings cannot express the architecture (the message says
+        why), the activation is unknown, or names or shapes differ (both sides are listed).
     """
-    model = model_settings(_read_json(settings), str(settings))
-    theirs = {name.removeprefix("text."): array for name, array in _read_weights(weights).items()}
+    content = _read_json(settings)
+    theirs = _bare_names(_read_weights(weights), weights)
+    if "model_type" in content:
+        raise UserError(f"{settings} is a configuration of Hugging Face's transformers, not open_clip's. {SAVE}")
+    openai = theirs.keys() & set(BUFFERS[1:])
+    model = model_settings(_with_activation(content, activation, bool(openai), weights, settings), str(settings))
+    theirs = {name: array for name, array in theirs.items() if name not in BUFFERS}
     abstract = abstract_params(model)
     expected = jax.eval_shape(to_open_clip, abstract)
     for name in ("logit_scale", "logit_bias"):
@@ -52,6 +65,48 @@ def import_model(weights: pathlib.Path, settings: pathlib.Path) -> tuple[ModelCo
             f"{weights}: with fixed positions visual.positional_embedding[0], which is added to cls, must be 0"
         )
     return model, params
+
+
+def _bare_names(arrays: Mapping[str, np.ndarray], weights: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return weights by open_clip's names, without the prefixes of training wrappers."""
+    for prefix in ("module.", "_orig_mod.", "module.", "text."):
+        whole = prefix == "text." or all(name.startswith(prefix) for name in arrays)
+        arrays = {name.removeprefix(prefix): array for name, array in arrays.items()} if whole else arrays
+    if any(name.startswith(("vision_model.", "text_model.")) for name in arrays):
+        raise UserError(
+            f"{weights} has the names of Hugging Face's transformers (vision_model..., text_model...), and only "
+            f"open_clip's are read. {SAVE}"
+        )
+    return dict(arrays)
+
+
+def _with_activation(content, activation, openai, weights, settings):
+    """Return the configuration with quick_gelu, which OpenAI's models need and configurations often leave out."""
+    model = content.get("model_cfg", content)
+    if not isinstance(model, Mapping):
+        return content
+    if activation:
+        said = model.get("quick_gelu")
+        if said is not None and said != (activation == "quick_gelu"):
+            raise UserError(f"{settings} has quick_gelu {said}, which --activation={activation} contradicts: omit one")
+        model = {**model, "quick_gelu": activation == "quick_gelu"}
+        return {**content, "model_cfg": model} if "model_cfg" in content else model
+    # A model whose configuration states an activation of GELU was certainly not trained with QuickGELU.
+    stated = "quick_gelu" in model or any(
+        isinstance(tower := model.get(key), Mapping) and tower.get("act_kwargs") for key in ("vision_cfg", "text_cfg")
+    )
+    if openai and not model.get("quick_gelu"):
+        raise UserError(
+            f"{weights} has OpenAI's names ({', '.join(BUFFERS[1:])}), and OpenAI trained with QuickGELU, but "
+            f"{settings} does not say so: give --activation=quick_gelu, or --activation=gelu if that is wrong"
+        )
+    # The names and shapes of the weights are the same for both, and the wrong one costs accuracy without an error.
+    if not stated:
+        raise UserError(
+            f"{settings} does not say quick_gelu, and {weights} cannot show it: give --activation=quick_gelu for "
+            "models of OpenAI, MetaCLIP and DFN and configurations named -quickgelu, --activation=gelu for LAION's"
+        )
+    return content
 
 
 def to_open_clip(params: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -226,14 +281,16 @@ def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
 
 def _read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Read all arrays of a safetensors file as f32."""
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise UserError(f"{path} is a file of PyTorch, which can run code and is not read; safetensors is. {SAVE}")
     arrays = {}
     try:
         # The library checks that the header and the size of the file agree.
         with safetensors.safe_open(path, framework="numpy") as file:
             for name in file.keys():
                 dtype = file.get_slice(name).get_dtype()
-                if dtype not in ("F32", "F16"):
-                    raise UserError(f"{path}: {name} is of type {dtype}; only F32 and F16 are read")
+                if dtype not in ("F64", "F32", "F16", "BF16") and name not in BUFFERS:
+                    raise UserError(f"{path}: {name} is of type {dtype}; only F64, F32, F16 and BF16 are read")
                 arrays[name] = file.get_tensor(name).astype(np.float32)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: {error}; it must be a safetensors file") from error
