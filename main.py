@@ -11,8 +11,13 @@ import logging
 import os
 import sys
 
-from flip_jax import config_check, runtime, train
-from flip_jax.runtime import UserError
+from flip_jax import runtime
+
+try:
+    from flip_jax import config_check, train
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    runtime.leave(130)
 
 TRY = "To try a recipe on this machine, on emoji that are drawn at first use: python main.py --config={}:runlocal"
 NO_DATA = (
@@ -48,14 +53,14 @@ def main(own: argparse.Namespace, settings: list[str]) -> None:
 
         lines = "\n".join(f"  {path:24}{line}" for path, line in did_you_mean.recipes().items())
         missing = f"--config=configs/NAME.py is missing. The recipes:\n{lines}"
-        raise UserError(f"{missing}\n{TRY.format('configs/flip_b16.py')}")
+        raise runtime.UserError(f"{missing}\n{TRY.format('configs/flip_b16.py')}")
     config = config_check.read_recipe(settings)
     path, variants = config_check.find_recipe(own.config[0])
     workdir = os.path.expanduser(own.workdir or f"runs/{config_check.run_name(path, variants)}")
     if not config.data.train:
         from flip_jax import evaluators
 
-        raise UserError("\n".join([NO_DATA, TRY.format(path), *evaluators.problems(config)]))
+        raise runtime.UserError("\n".join([NO_DATA, TRY.format(path), *evaluators.problems(config)]))
     runtime.enable_compile_cache()
     runtime.start_distributed(own)
     runtime.say(f"{path}{':' if variants else ''}{variants} -> {workdir}")
@@ -67,5 +72,4 @@ def main(own: argparse.Namespace, settings: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    own, settings = arguments()
-    sys.exit(runtime.run(main, own, settings))
+    runtime.leave(runtime.run(lambda: main(*arguments())))

@@ -8,6 +8,8 @@ import glob
 import json
 import logging
 import os
+import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,7 +25,7 @@ from flip_jax import config_check, models
 from flip_jax.config import Config, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
-from flip_jax.runtime import UserError, hush_orbax
+from flip_jax.runtime import UserError, hush_orbax, say
 
 _log = logging.getLogger(__name__)
 hush_orbax()
@@ -50,6 +52,7 @@ class Checkpoints:
             max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=processes
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._saving: tuple[int, float] | None = None  # the step, and when its save began
 
     def latest(self) -> int | None:
         """Finds the newest complete step, or None."""
@@ -65,6 +68,9 @@ class Checkpoints:
         class_names: tuple[str, ...] = (),
     ):
         """Starts saving `step`; returns when the arrays may be donated again."""
+        self.wait()
+        say(f"saving step {step} ...")
+        begun = time.perf_counter()
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -75,6 +81,7 @@ class Checkpoints:
                 class_names=ocp.args.JsonSave(list(class_names)),
             ),
         )
+        self._saving = step, begun
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> Any:
         """Reads the newest step's state, laid out as the abstract `state`, and moves `batches` to its position."""
@@ -135,12 +142,26 @@ class Checkpoints:
                 f"{len(names)} classes). Restore the class folders, or start a new run with config.init_from"
             )
 
+    def say_saved(self):
+        """Says so if the save in progress is complete; does not wait for it."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self):
         """Returns when all that was started is saved."""
-        self._manager.wait_until_finished()
+        while self._saving and self._manager.is_saving_in_progress():
+            time.sleep(0.05)  # Ctrl-C here lets the save end; within a join Python 3.11 takes the thread for ended
+        self._manager.wait_until_finished()  # raises the error of a save that failed
+        if self._saving:
+            (step, begun), self._saving = self._saving, None
+            folder = pathlib.Path(self.directory / str(step))
+            # Listing a bucket would take seconds.
+            size = 0 if "://" in os.fspath(self.directory) else sum(file.stat().st_size for file in folder.rglob("*"))
+            say(f"saved step {step} ({f'{size / 1e9:.3g} GB, ' if size else ''}{time.perf_counter() - begun:.0f} s)")
 
     def close(self):
         """Waits, and ends the threads."""
+        self.wait()
         # Orbax 0.12's own close leaves the thread that removes interrupted saves, which then fails as Python exits.
         self._manager._maybe_await_cleanup_tmp_directory()
         self._manager.close()

@@ -1,12 +1,13 @@
 """The metrics of a run: metrics.jsonl, the trackers that are installed or asked for, and a progress line."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -140,30 +141,40 @@ class Progress:
         self._flops, self._peak = flops_per_sample, peak_flops()
         self._batch_size, self._total_steps = batch_size, total_steps
         self._step, self._time = step, time.perf_counter()
+        self._pauses: dict[str, tuple[int, list[float]]] = {}
 
     def report(self, step: int) -> dict[str, float]:
-        """Returns images_per_second, seconds_left and, where the device's peak is known, mfu, since the last call."""
+        """Returns images_per_second since the last call, mfu if the peak is known, and seconds_left with pauses due."""
         now = time.perf_counter()
         rate = (step - self._step) * self._batch_size / max(now - self._time, 1e-9)
         self._step, self._time = step, now
-        report = {"images_per_second": rate, "seconds_left": (self._total_steps - step) * self._batch_size / rate}
+        left, total = (self._total_steps - step) * self._batch_size / rate, self._total_steps
+        for every, seconds in self._pauses.values():  # those at `step` itself follow the report
+            due = total // every - (step - 1) // every + (total % every > 0) if every else 1  # the last step has one
+            left += due * sum(seconds) / len(seconds)
+        report = {"images_per_second": rate, "seconds_left": left}
         if self._peak:
             report["mfu"] = rate * self._flops / self._peak
         return report
 
-    def exclude(self, seconds: float) -> None:
-        """Excludes `seconds`, such as those of an evaluation, from the next report."""
+    @contextlib.contextmanager
+    def pause(self, kind: str, every: int) -> Iterator[None]:
+        """Excludes an evaluation or a save, due at every so many steps and at the last one, from the rate."""
+        before = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - before
         self._time += seconds
+        self._pauses.setdefault(kind, (every, []))[1].append(seconds)
 
 
 def progress_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
-    """Formats the line that a person follows on the terminal."""
+    """Formats the line that a person follows on the terminal; its rate is the next update's, as the first one is 0."""
     minutes, seconds = divmod(round(scalars["seconds_left"]), 60)
     mfu = f"  mfu {scalars['mfu']:.1%}" if "mfu" in scalars else ""
     rate = scalars["images_per_second"]
     scale = f"scale {scalars['logit_scale']:.2f}  " if "logit_scale" in scalars else ""
     return (
         f"step {step}/{total_steps}  samples {scalars['samples_seen']:,}  loss {scalars['loss']:.4f}  "
-        f"{scale}lr {scalars['learning_rate']:.3g}  "
+        f"{scale}lr {scalars['next_learning_rate']:.3g}  "
         f"{rate:,.{1 if rate < 10 else 0}f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     )

@@ -68,34 +68,37 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def muon_dimensions(params: Any) -> Any:
-    """Marks the matrices that Muon updates: the kernels of blocks and projections, each layer of a stack by itself."""
-    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
-    return jax.tree_util.tree_map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)
+def by_muon() -> optax.GradientTransformation:
+    """Makes all singular values of each matrix about equal and its root mean square 1, each layer of a stack by itself.
+
+    That is about the size of AdamW's updates, and so suits its learning rates.
+    """
+
+    def matrices(params):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params)
+
+    def enlarge(updates, _):
+        return jax.tree.map(lambda x: x * max(x.shape[-2:]) ** 0.5, updates)
+
+    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=matrices), optax.stateless(enlarge))
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Builds the optimizer; decay is decoupled and multiplied by the learning rate, and gradients are not clipped."""
-    rate, optim = learning_rate(config), config.optim
+    """Builds the optimizer; decay is decoupled and multiplied by the learning rate, and gradients are not clipped.
+
+    "adamw" is the paper's (appendix); "muon" updates the kernels of blocks and projections by Muon, the rest by AdamW.
+    """
+    optim = config.optim
+    direction = optax.scale_by_adam(optim.b1, optim.b2, 1e-8, mu_dtype=optim.mu_dtype)
     if optim.name == "muon":
-        return optax.contrib.muon(
-            rate,
-            adam_b1=optim.b1,
-            adam_b2=optim.b2,
-            mu_dtype=optim.mu_dtype,
-            weight_decay=optim.weight_decay,
-            weight_decay_mask=decay_mask,
-            adam_weight_decay=optim.weight_decay,
-            adam_learning_rate=rate,
-            muon_weight_dimension_numbers=muon_dimensions,
-            consistent_rms=1.0,  # the rate is the root mean square of an update, about that of AdamW's
-        )
-    return optax.adamw(
-        rate,
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=1e-8,
-        mu_dtype=optim.mu_dtype,
-        weight_decay=optim.weight_decay,
-        mask=decay_mask,
+        direction = optax.partition({True: by_muon(), False: direction}, is_matrix)
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(optim.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def is_matrix(params: Any) -> Any:
+    """Marks the kernels of blocks and projections."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

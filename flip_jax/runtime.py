@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 COMPILED = pathlib.Path.home() / ".cache" / "flip_jax" / "compiled"
 LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
@@ -49,6 +49,14 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
         # At a normal exit this process would wait for the others, and they are waiting for it in a step.
         os._exit(code)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program. After Ctrl-C threads still work on a step, and a normal exit would take Python from them."""
+    if code == 128 + signal.SIGINT:
+        print(end="", flush=True)
+        os._exit(code)
+    sys.exit(code)
 
 
 def _is_one_of_several() -> bool:

@@ -35,7 +35,7 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         finite: the message names the step and the keys of its samples.
     """
     started = time.perf_counter() if started is None else started
-    workdir = epath.Path(workdir).expanduser()
+    workdir = epath.Path(workdir)
     if config.profile and "://" in os.fspath(workdir):
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
     mesh = sharding.make_mesh(config.mesh)
@@ -146,12 +146,13 @@ def _run(
             window.clear()
             writer.write(step, scalars)
             say(metrics.progress_line(step, config.total_steps, scalars))
-        before = time.perf_counter()
+        checkpoints.say_saved()
         if evaluating:
-            evaluate(state.params, batch, step)
+            with progress.pause("evaluation", config.eval.every_steps):
+                evaluate(state.params, batch, step)
         if save:
-            checkpoints.save(step, state, batches, tokenizer, config, class_names)
-        progress.exclude(time.perf_counter() - before)
+            with progress.pause("save", config.checkpoint.every_steps):
+                checkpoints.save(step, state, batches, tokenizer, config, class_names)
         if stop:
             break
     writer.close()

@@ -104,7 +104,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         value, grads = loss_and_grads(state.params, image, target, jax.random.fold_in(mask_key, state.step))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        report = {"loss": value, "learning_rate": schedule(state.step)}
+        report = {"loss": value, "learning_rate": schedule(state.step), "next_learning_rate": schedule(state.step + 1)}
         if "text" in inputs:
             report["logit_scale"] = nnx.merge(graphdef, state.params).scale()
         return TrainState(state.step + 1, params, opt_state), report

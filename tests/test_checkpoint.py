@@ -4,6 +4,7 @@ import pytest
 
 from flip_jax import checkpoint, config_check
 from flip_jax import config as config_lib
+from flip_jax.train_step import TrainState
 
 
 def test_a_setting_that_is_newer_than_the_checkpoint_was_its_default(tmp_path, monkeypatch):
@@ -19,3 +20,67 @@ def test_a_setting_that_is_newer_than_the_checkpoint_was_its_default(tmp_path, m
     with pytest.raises(ValueError, match="config.total_samples: checkpoint 25600, now "):
         checkpoints.check_config(config_lib.Config())
     checkpoints.close()
+
+
+class Manager:
+    """Stands in for Orbax's manager: a save is in progress until a test says that it is not."""
+
+    busy = failed = False
+
+    def wait_until_finished(self):
+        if self.failed:
+            raise OSError("no space left")
+
+    def is_saving_in_progress(self):
+        return self.busy
+
+    def save(self, step, args):
+        self.busy = True
+
+
+@pytest.fixture
+def saving(tmp_path, monkeypatch, capsys):
+    """Checkpoints that began to save step 3 twelve seconds ago, and their manager."""
+    checkpoints, now = checkpoint.Checkpoints(tmp_path, 1), [100.0]
+    manager = checkpoints._manager = Manager()
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
+    checkpoints.save(3, TrainState(0, {}, ()), None, None, config_lib.Config())
+    assert capsys.readouterr().out == "saving step 3 ...\n"
+    now[0] += 12
+    (tmp_path / "checkpoints" / "3" / "state").mkdir(parents=True)
+    with open(tmp_path / "checkpoints" / "3" / "state" / "array", "wb") as file:
+        file.truncate(4_130_000_000)  # takes no space on the disk
+    return checkpoints, manager
+
+
+def test_a_save_is_announced_once_when_it_is_complete(saving, capsys):
+    checkpoints, manager = saving
+    checkpoints.say_saved()
+    assert capsys.readouterr().out == ""
+    manager.busy = False
+    checkpoints.say_saved()
+    checkpoints.say_saved()
+    assert capsys.readouterr().out == "saved step 3 (4.13 GB, 12 s)\n"
+
+
+def test_a_save_that_failed_is_not_announced_as_complete(saving, capsys):
+    checkpoints, manager = saving
+    manager.busy, manager.failed = False, True
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.say_saved()
+    assert "saved" not in capsys.readouterr().out
+
+
+def test_an_interrupted_wait_forgets_no_save(saving, monkeypatch, capsys):
+    checkpoints, manager = saving
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait()
+    assert "saved" not in capsys.readouterr().out
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: setattr(manager, "busy", False))
+    checkpoints.wait()
+    assert capsys.readouterr().out == "saved step 3 (4.13 GB, 12 s)\n"

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import types
@@ -69,10 +70,15 @@ def settings(shards, **changes):
     return dataclasses.replace(config, **changes)
 
 
-def test_a_run_writes_scalars_histograms_and_masks(shards, tmp_path, wandb):
+def test_a_run_writes_scalars_histograms_and_masks(shards, tmp_path, wandb, capsys):
     train.train(settings(shards, log=LogConfig(every_steps=1, wandb="project")), tmp_path / "seen")
     lines = metrics.read_metrics(epath.Path(tmp_path / "seen"))
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    used, following = ([line[f"{name}learning_rate"] for line in lines if "loss" in line] for name in ("", "next_"))
+    assert used[0] == 0 and used[1:] == following[:-1]
+    said = capsys.readouterr().out
+    assert f"  lr {used[1]:.3g}  " in next(line for line in said.splitlines() if line.startswith("step 1/4"))
+    assert re.search(r"saving step 4 \.\.\.\nsaved step 4 \([\d.e-]+ GB, \d+ s\)\n", said)
     events = board(tmp_path / "seen")
     for name in {name for line in lines for name in line} - {"step"}:
         wanted = [(line["step"], np.float32(line[name])) for line in lines if name in line]
@@ -270,5 +276,33 @@ def test_weights_and_biases_writes_offline(tmp_path):
 
 @pytest.mark.parametrize("rate, said", [(0.44, " 0.4 images/s"), (9.5, " 9.5 images/s"), (1234.4, " 1,234 images/s")])
 def test_slow_steps_are_shown_with_a_decimal(rate, said):
-    scalars = {"loss": 1.0, "samples_seen": 1, "learning_rate": 0.1, "images_per_second": rate, "seconds_left": 3}
+    scalars = {"loss": 1.0, "samples_seen": 1, "next_learning_rate": 0.1, "images_per_second": rate, "seconds_left": 3}
     assert said in metrics.progress_line(1, 2, scalars)
+
+
+@pytest.mark.parametrize(
+    ("every", "saves", "due"),
+    [(4, [4], 2), (4, [], 0), (5, [5], 1), (3, [3], 3), (0, [], 0)],
+    ids=["8 and 10 are due", "none was seen", "10 is due", "6, 9 and 10 are due", "only the last step, not seen"],
+)
+def test_the_time_left_counts_what_is_still_due(monkeypatch, every, saves, due):
+    """Ten steps of two seconds; a save takes 3 seconds, and the first evaluation 30 and the second one 10."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = metrics.Progress(1.0, 16, 0, 10)
+    for step, seconds in ((1, 30), (2, 10), (3, 0), (4, 0), (5, 0)):
+        now[0] += 2
+        if step in (1, 2):
+            with progress.pause("evaluation", 1):
+                now[0] += seconds
+        if step in saves:
+            with progress.pause("save", every):
+                now[0] += 3
+    now[0] += 2
+    report = progress.report(6)
+    assert report["images_per_second"] == pytest.approx(16 / 2)
+    # Steps 7 to 10, the evaluations of steps 6 to 10, and the saves.
+    assert report["seconds_left"] == pytest.approx(4 * 2 + 5 * 20 + due * 3)
+    now[0] += 8
+    # The last step is done, and its evaluation and save are not.
+    assert progress.report(10)["seconds_left"] == pytest.approx(20 + 3 * bool(saves))

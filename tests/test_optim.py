@@ -78,3 +78,22 @@ def test_an_extended_run_ends_with_the_bits_of_a_run_that_was_long_from_the_star
         np.testing.assert_array_equal(one, other)
     again = run_command(arguments(shards, tmp_path / "parts", **{**long, "total_samples": 768}), check=False)
     assert again.returncode == 1 and "this run is at step 12, schedule constant" in again.stderr
+
+
+def test_muon_takes_each_matrix_of_a_stack_by_itself_and_leaves_the_rest_to_adamw():
+    muon = dataclasses.replace(CONFIG, optim=OptimConfig(name="muon", learning_rate=0.01), warmup_samples=0)
+    adamw = dataclasses.replace(muon, optim=dataclasses.replace(muon.optim, name="adamw"))
+    gradient = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    grads = {"kernel": np.stack([gradient, 100 * gradient]), "bias": np.float32([1, -2])}
+    params = {name: np.ones_like(value) for name, value in grads.items()}
+    updates = {}
+    for name, config in (("muon", muon), ("adamw", adamw)):
+        optimizer = optim.make_optimizer(config)
+        updates[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["muon"]["bias"], updates["adamw"]["bias"])
+    step = updates["muon"]["kernel"] + 0.01 * muon.optim.weight_decay  # without the decay of weights of 1
+    # All singular values become about 1, so the root mean square of 4 x 8 numbers 8**-0.5. Muon's five iterations leave
+    # them between 0.68 and 1.13.
+    values = np.linalg.svd(step / (0.01 * 8**0.5), compute_uv=False)
+    assert values.shape == (2, 4) and (values > 0.65).all() and (values < 1.2).all()
+    np.testing.assert_allclose(step[1], step[0], rtol=1e-3, atol=1e-6)

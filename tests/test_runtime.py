@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPO, environment
+from helpers import REPO, arguments, environment
 
 from flip_jax import runtime
 
@@ -37,6 +37,35 @@ def test_a_bug_keeps_its_trace(capsys, error):
 def test_interruption_is_one_line(capsys):
     assert runtime.run(interrupted) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def interrupt(command, stream, line_has):
+    """Sends Ctrl-C once a line of the program's output has a text; returns the exit code and what it said after it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE if stream == "stderr" else subprocess.STDOUT}
+    program = subprocess.Popen(command, cwd=REPO, env=environment(), text=True, **pipes)
+    for line in getattr(program, stream):
+        if line_has in line:
+            program.send_signal(signal.SIGINT)
+            break
+    rest = getattr(program, stream).read()
+    return program.wait(timeout=120), rest
+
+
+@pytest.mark.parametrize(
+    "program", [["main.py", "--config=configs/flip_b16.py:runlocal"], ["-m", "flip_jax", "report", "--model=none"]]
+)
+def test_interrupted_imports_are_one_line(program):
+    # Python lists each module on stderr when it has been imported.
+    code, said = interrupt([sys.executable, "-X", "importtime", *program], "stderr", "jax._src.config")
+    ours = [line for line in said.splitlines() if not line.startswith("import time:")]
+    assert code == 130 and ours == ["interrupted"]
+
+
+def test_an_interrupted_run_ends_with_one_line(shards, tmp_path):
+    command = arguments(shards, tmp_path / "run", **{"total_samples": 32_000, "log.every_steps": 1})
+    code, said = interrupt(command, "stdout", "step 3/")
+    assert code == 130 and said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said and "Fatal" not in said
 
 
 def test_results_are_exit_codes():

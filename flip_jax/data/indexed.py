@@ -56,7 +56,7 @@ class Folder(Files):
     """
 
     def __init__(self, folder: str, data: DataConfig):
-        self._data, folder = data, os.path.expanduser(folder)
+        self._data = data
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder; it needs one folder per class")
         ignored: dict[str, list[str]] = {}
@@ -135,7 +135,7 @@ class Karpathy(Files):
     caption_names = ("sentences",)
 
     def __init__(self, rest: str, data: DataConfig):
-        file, _, rest = os.path.expanduser(rest).partition("#")
+        file, _, rest = rest.partition("#")
         split, _, folder = rest.partition("#")
         self._data, folder = data, os.path.expanduser(folder)
         folder = os.path.abspath(folder or os.path.dirname(file))

@@ -194,7 +194,6 @@ def expand(pattern: str) -> list[str]:
     # One listing per folder: a lookup per file takes minutes on a mounted bucket.
     present = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     found, missing = [], []
-    pattern = pattern if is_remote(pattern) else os.path.expanduser(pattern)
     parts = [pattern] if not is_remote(pattern) and os.path.exists(pattern) else _expand_braces(pattern)
     for part in parts:
         if is_remote(part):

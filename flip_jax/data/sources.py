@@ -79,7 +79,8 @@ def describe_captions(source: Any, record: Record) -> str:
     """Says in a line where a record's captions come from, with an example; control characters are escaped."""
     texts, name = record["texts"], caption_name(source, record) or "the source"
     kind = "one text" if len(texts) == 1 else f"{len(texts)} texts"
-    return f"captions come from {name}, {kind} in the first, such as {texts[0][:100]!r}"
+    count = f"{len(source):,} records; " if source.at_once > 1 else ""  # of shards it is not known before they are read
+    return f"{count}captions come from {name}, {kind} in the first, such as {texts[0][:100]!r}"
 
 
 def in_order(source: Any, indices: Iterator[int]) -> Iterator[Record]:

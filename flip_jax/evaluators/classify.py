@@ -29,5 +29,5 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
         raise UserError(f"none of the images of {dataset.test!r} can be used: {dataset.seen.skipped_text()}")
     dataset.note_classes(hits[2])
     values = zeroshot.accuracies(hits, dataset.metric)
-    say(f"{dataset.name}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %")
+    say(f"{datasets.shortened(dataset.name)}: top-1 {values['top1']:.2f} % top-5 {values['top5']:.2f} %")
     yield from values.items()

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from flip_jax.runtime import UserError, say
 
 _log = logging.getLogger(__name__)
 
+SAY_EVERY = 30  # seconds between the lines that stand for a progress bar where there is no terminal
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the simplest of CLIP's prompts, for sources without their own
 SOURCE_ITSELF = "the source itself"
 OTHER_CLASS = "class outside the data set"
@@ -225,7 +227,7 @@ def batches(
     opened = sources.open_source(source, config.data)
     total = len(opened) if opened.at_once > 1 else None  # the number of records in shards is not known in advance
     seen, skipped = Seen() if seen is None else seen, collections.Counter()
-    with progress(source, total, " images") as bar:
+    with Progress(shortened(source), total, " images") as bar:
         for batch in pipeline.eval_dataset(source, config, with_text=with_text):
             skipped.update(filter(None, batch["bad"]))
             seen.used += int(batch["mask"].sum())
@@ -236,7 +238,25 @@ def batches(
         _log.warning("%s: %s of the images that this process read", source, Seen(skipped=skipped).skipped_text())
 
 
-def progress(name: str, total: int | None, unit: str) -> tqdm:
-    """Shows a progress bar in the first process, if its output is a terminal."""
-    hidden = jax.process_index() > 0 or None  # None makes tqdm look whether there is a terminal
-    return tqdm(desc=name, total=total, unit=unit, leave=False, disable=hidden)
+class Progress(tqdm):
+    """A progress bar on a terminal, or a line every `SAY_EVERY` seconds where there is none; in the first process."""
+
+    def __init__(self, name: str, total: int | None, unit: str):
+        hidden = jax.process_index() > 0 or None  # None makes tqdm look whether there is a terminal
+        super().__init__(desc=name, total=total, unit=unit, leave=False, disable=hidden)
+        # A disabled bar keeps nothing.
+        self._name, self._unit, self._done, self._said = name, unit, 0, time.perf_counter()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Adds `n` done."""
+        self._done += int(n or 0)
+        if self.disable and time.perf_counter() - self._said > SAY_EVERY:
+            self._said = time.perf_counter()
+            of = f" of {self.total:,}" if self.total else ""
+            say(f"{self._name}: {min(self._done, self.total or self._done):,}{of}{self._unit}")
+        return super().update(n)
+
+
+def shortened(name: str) -> str:
+    """Cuts the paths in a data set's name, or in a task's, to their ends, which tell them apart."""
+    return re.sub(r"(?<=:)(?=[^;]{44})[^;]+?(?=/[^;]{0,36}(;|$))", "...", name)

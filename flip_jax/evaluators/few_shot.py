@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 
 from flip_jax.config import Config
-from flip_jax.evaluators import linear_probe, needs, zeroshot
+from flip_jax.evaluators import datasets, linear_probe, needs, zeroshot
 from flip_jax.evaluators.datasets import Dataset
 from flip_jax.inference import Encoder
 from flip_jax.runtime import say
@@ -53,8 +53,9 @@ def fit(x_NxD: np.ndarray, label_N: np.ndarray, classes: int) -> np.ndarray:
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
     """Yields the mean and the standard deviation of the data set's metric over the seeds, for each number of shots."""
     (x_NxD, label_N), test_split, classes = linear_probe.both_splits(encoder, dataset, config)
-    parts = []
-    with jax.set_mesh(encoder.mesh):
+    parts, name = [], datasets.shortened(dataset.name)
+    fits = datasets.Progress(f"{name}: few-shot", len(SHOTS) * len(SEEDS), " fits")
+    with jax.set_mesh(encoder.mesh), fits as bar:
         test_rows = linear_probe.place(encoder.mesh, *test_split)
         for shots in SHOTS:
             values = []
@@ -62,7 +63,8 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
                 rows = draw(label_N, shots, seed)
                 hits = linear_probe.count(fit(x_NxD[rows], label_N[rows], classes), test_rows, encoder.mesh)
                 values.append(zeroshot.accuracies(hits)[dataset.metric])
+                bar.update()
             yield f"{shots}shot", float(np.mean(values))
             yield f"{shots}shot_std", float(np.std(values, ddof=1))
             parts.append(f"{shots} shots {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
-    say(f"{dataset.name}: {dataset.metric} (%) of {', '.join(parts)}")
+    say(f"{name}: {dataset.metric} (%) of {', '.join(parts)}")

@@ -5,7 +5,6 @@ the training images; the classifier is then fitted to all of them.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -29,7 +28,6 @@ ITERATIONS = 1000  # of L-BFGS at most
 EXPONENTS = (-6.0, 6.0)  # range of log10(penalty) that is searched
 FITS = 7 + 2 * 4 + 1  # at most: every second power of 10, then two for each of four halved steps, and the final one
 HELD_OUT = 5  # one image in five is held out to choose the penalty
-SAY_EVERY = 30  # seconds between lines of progress where there is no terminal
 BLOCK = 8192  # rows per device whose scores are held in memory at once
 
 
@@ -187,25 +185,20 @@ def best_exponent(quality: Callable[[float], tuple[float, ...]]) -> float:
 def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[str, float]]:
     """Yields the accuracies over the whole test split, the data set's own metric first, then log10 of the penalty."""
     (x_NxD, label_N), test, classes = both_splits(encoder, dataset, config)
-    mesh = encoder.mesh
-    with jax.set_mesh(mesh), datasets.progress(f"{dataset.name}: linear probe", FITS, " fits") as bar:
+    mesh, name = encoder.mesh, f"{datasets.shortened(dataset.name)}: linear probe"
+    with jax.set_mesh(mesh), datasets.Progress(name, FITS, " fits") as bar:
         train = place(mesh, x_NxD, label_N)
         is_held = np.zeros(train.real_N.shape, bool)
         is_held[np.random.default_rng(0).permutation(len(x_NxD))[: len(x_NxD) // HELD_OUT or 1]] = True
         held_N = jax.make_array_from_callback(is_held.shape, train.real_N.sharding, lambda index: is_held[index])
         seen, held = (train._replace(real_N=jnp.where(held_N == side, train.real_N, 0)) for side in (False, True))
 
-        fit, fits, said = make_fit(seen, classes, mesh), 0, time.perf_counter()
+        fit = make_fit(seen, classes, mesh)
 
         def quality(exponent):
             """Returns the accuracy, then the negative loss to break ties, which are common with few images."""
-            nonlocal fits, said
             weights = fit(10**exponent)
             bar.update()
-            fits += 1
-            if bar.disable and time.perf_counter() - said > SAY_EVERY:
-                said = time.perf_counter()
-                say(f"{dataset.name}: linear probe, fit {fits} of at most {FITS} done")
             return zeroshot.accuracies(count(weights, held, mesh))[dataset.metric], -loss(weights, held, mesh)[0]
 
         exponent = best_exponent(quality)
@@ -214,6 +207,6 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
         hits = count(weights, place(mesh, *test), mesh)
     values = zeroshot.accuracies(hits, dataset.metric)
     result = f"top-1 {values['top1']:.2f} % over {len(test[1])} images, penalty 10^{exponent:g}"
-    say(f"{dataset.name}: linear probe {result}")
+    say(f"{name} {result}")
     yield from values.items()
     yield "log10_penalty", exponent

@@ -79,7 +79,7 @@ def ranks(
 
     before_N, before_M = np.zeros(len(image_NxE), np.int64), np.zeros(len(text_MxE), np.int64)
     index_N = np.arange(len(image_NxE), dtype=np.int32)
-    with datasets.progress("ranks", len(text_MxE), " captions") as bar:
+    with datasets.Progress("ranks", len(text_MxE), " captions") as bar:
         for t in range(0, len(text_MxE), texts):
             text_block = [
                 block(array, t, texts, fill, whole) for array, fill in ((text_MxE, 0), (owner_M, -1), (own_M, 0))
@@ -124,7 +124,7 @@ def embed(encoder: Encoder, dataset: Dataset, config: Config) -> tuple[np.ndarra
     size = config.eval.batch_size
     padded = texts + [""] * (-len(texts) % size)  # full batches only, so that one shape is compiled
     embedded = []
-    with datasets.progress("captions", len(texts), " texts") as bar:
+    with datasets.Progress("captions", len(texts), " texts") as bar:
         for i in range(0, len(padded), size):
             embedded.append(encoder.encode_text(padded[i : i + size]))
             bar.update(size)
@@ -147,5 +147,5 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
     values = recalls(*ranks(image_NxE, text_MxE, owner_M, encoder.mesh))
     r1, r2 = values["text_recall@1"], values["image_recall@1"]
     counts = f"over {len(image_NxE)} images and {len(text_MxE)} captions"
-    say(f"{dataset.name}: text recall@1 {r1:.2f} % image recall@1 {r2:.2f} % {counts}")
+    say(f"{datasets.shortened(dataset.name)}: text recall@1 {r1:.2f} % image recall@1 {r2:.2f} % {counts}")
     yield from values.items()

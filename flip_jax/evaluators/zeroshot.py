@@ -25,7 +25,11 @@ def class_embeddings(encoder: Encoder, names: Sequence[str], templates: Sequence
     prompts = [template.replace("{}", name) for name in names for template in templates]
     # Full batches only, so that one shape is compiled.
     padded = prompts + [""] * (-len(prompts) % batch_size)
-    embedded = [encoder.encode_text(padded[i : i + batch_size]) for i in range(0, len(padded), batch_size)]
+    embedded = []
+    with datasets.Progress("class embeddings", len(prompts), " prompts") as bar:
+        for i in range(0, len(padded), batch_size):
+            embedded.append(encoder.encode_text(padded[i : i + batch_size]))
+            bar.update(batch_size)
     means = np.concatenate(embedded)[: len(prompts)].reshape(len(names), len(templates), -1).mean(axis=1)
     return means / (np.linalg.norm(means, axis=1, keepdims=True) + 1e-8)
 
@@ -80,5 +84,5 @@ def run(encoder: Encoder, dataset: Dataset, config: Config) -> Iterator[tuple[st
         raise UserError(f"none of the images of {dataset.test!r} can be used: {dataset.seen.skipped_text()}")
     dataset.note_classes(hits[2])
     values = accuracies(hits, dataset.metric)
-    say(f"{dataset.name}: {summary(values['top1'], values['top5'], len(classes))}")
+    say(f"{datasets.shortened(dataset.name)}: {summary(values['top1'], values['top5'], len(classes))}")
     yield from values.items()

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from flip_jax import checkpoint, config_check, evaluators, inference, runtime, sharding
 from flip_jax.config import Config
-from flip_jax.evaluators import known
+from flip_jax.evaluators import datasets, known
 from flip_jax.runtime import UserError
 from flip_jax.tools import options
 
@@ -74,7 +74,7 @@ def evaluate(encoder: inference.Encoder, config: Config) -> Outcome:
             errors[task] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             _say(f"failed: {task}: {errors[task]}", sys.stderr)
         else:
-            _say(f"{task}: {time.perf_counter() - start:,.0f} s", sys.stderr)
+            _say(f"{datasets.shortened(task)}: {time.perf_counter() - start:,.0f} s", sys.stderr)
     return outcome
 
 
@@ -88,10 +88,12 @@ def table(results: Results, images: Mapping[str, Mapping[str, Any]]) -> str:
         tasks = {task.partition("/")[2]: metrics for task, metrics in results.items() if task.startswith(f"{name}/")}
         columns = sorted({metric for metrics in tasks.values() for metric in metrics}, key=_natural)
         rows = [[name, *columns, "images"]]
+        short = {task: datasets.shortened(task) for task in tasks}
+        short = short if len(set(short.values())) == len(short) else dict(zip(tasks, tasks, strict=True))
         for task, metrics in tasks.items():
             headline = next(iter(metrics))
             cells = (f"{metrics[c]:.2f}{'*' if c == headline else ' '}" if c in metrics else "" for c in columns)
-            rows.append([task, *cells, f"{images[f'{name}/{task}']['images']:,}"])
+            rows.append([short[task], *cells, f"{images[f'{name}/{task}']['images']:,}"])
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 2)]
         lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
         notes = [f"{task}: {note}" for task in tasks for note in _notes(images[f"{name}/{task}"])]
@@ -121,7 +123,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
     for name, mean in evaluators.means(results).items():
         prefix = name.removesuffix("mean")
         headlines = {task: next(iter(metrics.values())) for task, metrics in results.items() if task.startswith(prefix)}
-        bars = axes.barh(list(headlines), list(headlines.values()), label=f"{name} {mean:.1f}")
+        bars = axes.barh(list(map(datasets.shortened, headlines)), list(headlines.values()), label=f"{name} {mean:.1f}")
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     axes.set(xlim=(0, 105), xlabel="headline metric (%)")
     axes.tick_params("y", labelsize=8)

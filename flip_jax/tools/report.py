@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 
 from flip_jax import evaluators, metrics
 from flip_jax.config import Config
-from flip_jax.data import pipeline
-from flip_jax.evaluators import zeroshot
+from flip_jax.evaluators import datasets, zeroshot
 from flip_jax.inference import Encoder, load
 from flip_jax.runtime import UserError
 from flip_jax.tools import drawing, options
@@ -42,7 +41,7 @@ def curve(lines: list[dict[str, float]], names: dict[str, str], ylabel: str, pat
 def retrieval(encoder: Encoder, source: str, queries: Sequence[str], path: pathlib.Path) -> None:
     """Draw a row for each query: the images of `source` with the nearest embeddings, best first."""
     image_batches, embedding_batches = [], []
-    for batch in pipeline.eval_dataset(source, encoder.config):
+    for batch in datasets.batches(source, encoder.config):
         image_batches.append(batch["image"][batch["mask"]])
         embedding_batches.append(np.asarray(encoder.encode_image(batch["image"]))[batch["mask"]])
     images, embeddings = np.concatenate(image_batches), np.concatenate(embedding_batches)

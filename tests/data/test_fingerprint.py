@@ -110,7 +110,7 @@ def test_the_captions_are_described_and_a_batch_above_the_source_is_warned_of(fo
     iterator = batches(f"csv:{folder}/pairs.csv")
     for _ in range(6):
         next(iterator)
-    assert "captions come from column 'title', one text in the first, such as 'say \\x07 " in caplog.text
+    assert "6 records; captions come from column 'title', one text in the first, such as 'say \\x07 " in caplog.text
     assert "8 samples of a batch are more than the 6 usable records" in caplog.text
     caplog.clear()
     iterator = batches(f"webdataset:{folder}/a/{{0..2}}.tar")

@@ -141,7 +141,9 @@ def test_a_file_that_is_not_a_tar_is_counted(tmp_path, no_waiting):
         archive.write(good)
     (tmp_path / "zero.tar").touch()
     (tmp_path / "folder.tar").mkdir()
-    with pytest.raises(UserError, match="folder.tar' is a folder; a pattern names files, such as .*/folder.tar/[*].tar"):
+    with pytest.raises(
+        UserError, match="folder.tar' is a folder; a pattern names files, such as .*/folder.tar/[*].tar"
+    ):
         records(tmp_path / "folder.tar")
     write_tar(tmp_path / "empty.tar", [])
     kinds = {name: [r.get("bad") for r in records(tmp_path / f"{name}.tar")] for name in ("zipped", "zero", "empty")}

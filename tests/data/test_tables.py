@@ -14,7 +14,7 @@ import pytest
 from helpers import png, records, write_tar
 from pyarrow import parquet
 
-from flip_jax.config import Config, DataConfig
+from flip_jax.config import Config, DataConfig, EvalConfig
 from flip_jax.data import paths, pipeline, sources
 from flip_jax.data import shards as shard_files
 from flip_jax.runtime import UserError
@@ -88,6 +88,29 @@ def test_a_quote_without_meaning_joins_no_rows(folder):
     assert [r["texts"] for r in records("csv", folder / "0.tsv")] == [[line.split("\t")[1]] for line in lines[1:]]
     (folder / "0.csv").write_text('filepath,title\na.png,"The lone\nb.png,second"\nc d.png,third\n')
     assert [r["texts"] for r in records("csv", folder / "0.csv")] == [["The lone\n"], ['second"'], ["third"]]
+
+
+def test_lines_are_captions_of_their_own_only_in_text_files_of_tars_that_are_evaluated(folder):
+    text = "one\ntwo"
+    (folder / "0.csv").write_text(written(rows=[("a.png", text)]))
+    write_parquet(folder / "0.parquet", jpg=[png(0)], caption=[text])
+    entry = {"split": "test", "filename": "a.png", "sentences": [{"raw": text}]}
+    (folder / "k.json").write_text(json.dumps({"images": [entry]}))
+    write_tar(folder / "0.tar", [("0.png", png(0)), ("0.txt", text.encode())])
+    write_tar(folder / "1.tar", [("0.png", png(0)), ("0.json", json.dumps({"caption": text}).encode())])
+    config = Config(eval=EvalConfig(batch_size=1))
+    captions = {
+        name: next(pipeline.eval_dataset(f"{name[0]}:{folder}/{name[1]}", config, with_text=True))["texts"][0]
+        for name in (
+            ("csv", "0.csv"),
+            ("parquet", "0.parquet"),
+            ("karpathy", "k.json#test"),
+            ("webdataset", "1.tar"),
+            ("webdataset", "0.tar"),
+        )
+    }
+    assert list(captions.values()) == [[text]] * 4 + [["one", "two"]]
+    assert records("webdataset", folder / "0.tar")[0]["texts"] == [text]
 
 
 def test_labels_of_a_csv_are_numbers_or_names(folder):
@@ -318,4 +341,6 @@ def test_names_with_characters_of_a_glob_are_taken_as_they_are(tmp_path, monkeyp
     }.items():
         assert paths.expand(f"{tmp_path}/{pattern}") == [f"{tmp_path}/{name}" for name in found]
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert paths.expand("~/run [v2]/{a,b}.tar") == [f"{tmp_path}/{name}" for name in names[:2]]
+    assert sources.open_source("webdataset:~/run [v2]/{a,b}.tar", DataConfig()).paths == [
+        f"{tmp_path}/{name}" for name in names[:2]
+    ]

@@ -14,7 +14,7 @@ from helpers import REPO, SIZE, Known, eval_config, picture, run_command, unit, 
 from flip_jax import evaluators
 from flip_jax.config import Config, EvalConfig, FinetuneConfig
 from flip_jax.data import classes as class_lists
-from flip_jax.evaluators import datasets, known
+from flip_jax.evaluators import datasets, known, zeroshot
 from flip_jax.runtime import UserError
 
 
@@ -346,3 +346,34 @@ def test_no_evaluator_is_loaded_without_a_task(every_steps, tasks):
     ours = {name for name in done.stdout.split() if name.startswith("flip_jax.evaluators")}
     assert ours == {"flip_jax.evaluators"}
     assert not {"scipy.optimize", "matplotlib.pyplot", "tqdm"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("imagenet", "imagenet"),
+        ("folder:/data/birds", "folder:/data/birds"),
+        (
+            "zeroshot/cars=webdataset:gs://bucket/copies/of/others/cars/test/{00000..00007}.tar",
+            "zeroshot/cars=webdataset:.../others/cars/test/{00000..00007}.tar",
+        ),
+        (
+            "webdataset:/a/long/folder/of/our/own/data/birds/test/*.tar;train=folder:/data/birds",
+            "webdataset:.../of/our/own/data/birds/test/*.tar;train=folder:/data/birds",
+        ),
+    ],
+)
+def test_paths_are_cut_to_their_ends(name, short):
+    assert datasets.shortened(name) == short
+
+
+def test_without_a_terminal_prompts_are_counted_in_lines(monkeypatch, capsys):
+    names, templates = [f"class {i}" for i in range(7)], ["a {}", "the {}", "{}"]
+    texts = {template.replace("{}", name): np.full(2, i) for i, name in enumerate(names) for template in templates}
+    monkeypatch.setattr(datasets, "SAY_EVERY", 0)
+    found = zeroshot.class_embeddings(Known(np.zeros((1, 2)), texts), names, templates, 8)
+    np.testing.assert_allclose(found[1:], 0.5**0.5, rtol=1e-6)
+    assert capsys.readouterr().out.splitlines() == [f"class embeddings: {n} of 21 prompts" for n in (8, 16, 21)]
+    monkeypatch.setattr(datasets, "SAY_EVERY", 1000)
+    zeroshot.class_embeddings(Known(np.zeros((1, 2)), texts), names, templates, 8)
+    assert capsys.readouterr().out == ""

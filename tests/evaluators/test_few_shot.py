@@ -5,7 +5,7 @@ import pytest
 from helpers import clusters, eval_config
 
 from flip_jax import evaluators
-from flip_jax.evaluators import few_shot
+from flip_jax.evaluators import datasets, few_shot
 
 
 def dual(x_NxD, label_N, classes, new_MxD, bias=1e4):
@@ -51,8 +51,12 @@ def test_task_matches_a_computation_by_hand(task):
         assert results[0][f"{shots}shot_std"] == pytest.approx(np.std(accuracies, ddof=1)), shots
 
 
-def test_separable_features_give_100_percent_in_every_draw(task):
+def test_separable_features_give_100_percent_in_every_draw(task, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "SAY_EVERY", 0)
     x, label = clusters(90, noise=0.01)
     name, encoder = task((x[:60], label[:60]), (x[60:], label[60:]))
     found = evaluators.evaluate(encoder, f"few_shot/{name}", eval_config())
     assert all(value == (0 if metric.endswith("_std") else 100) for metric, value in found.items())
+    said = capsys.readouterr().out
+    for done in range(1, 16):
+        assert f"{datasets.shortened(name)}: few-shot: {done} of 15 fits\n" in said

@@ -145,6 +145,21 @@ def test_the_table_has_the_mean_of_the_headlines_of_each_evaluator():
     ]
 
 
+def test_long_paths_are_cut_where_that_leaves_them_different():
+    same = "/the/same/end/of/both/paths/test/{00000..00007}.tar"
+    for ends, shown in (
+        (
+            (f"{'/long' * 10}/birds/test", f"{'/long' * 10}/cars/test"),
+            [f"folder:...{'/long' * 5}/birds/test", f"folder:...{'/long' * 5}/cars/test"],
+        ),
+        ((f"/birds{same}", f"/cars{same}"), [f"folder:/birds{same}", f"folder:/cars{same}"]),
+    ):
+        results = {f"zeroshot/folder:{end}": {"top1": 1.0} for end in ends}
+        images = dict.fromkeys(results, {"images": 9, "skipped": {}, "classes_without_images": []})
+        lines = evaluate.table(results, images).splitlines()
+        assert [line.split()[0] for line in lines[1:3]] == shown
+
+
 def test_on_eight_devices_the_numbers_are_the_same(evaluated, model, tasks):
     encoder = flip_jax.load(model, jax.devices())
     settings = evaluate.change_settings(encoder.config, {"eval.tasks": list(tasks[1]), "eval.batch_size": 12}, 8)
