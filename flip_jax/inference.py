@@ -147,9 +147,12 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
     """Loads a workdir's newest checkpoint, or one step's folder, onto `devices` (None: all of this process).
 
     Raises:
-      UserError: there is no complete checkpoint.
+      UserError: there is no complete checkpoint, or its place cannot be read.
     """
-    step = checkpoint.newest(path)
+    try:
+        step = checkpoint.newest(path)
+    except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
+        raise UserError(f"{os.fspath(path)} cannot be read: {error}; check the path and its credentials") from error
     config = checkpoint.read_config(step)
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from flip_jax import config_check, masking, sharding
+from flip_jax import checkpoint, config_check, inference, masking, sharding
 from flip_jax.config import MeshConfig
 from flip_jax.inference import Encoder
 from flip_jax.masking import gather, patchify
@@ -101,3 +101,12 @@ def test_one_string_is_one_text_and_a_classifier_reads_none(encoder):
         two_towers.encode_text(["a", 3])
     with pytest.raises(UserError, match="a fine-tuned classifier reads no text"):
         encoder.encode_text("picture 1")  # it has no tokenizer
+
+
+def test_a_model_that_cannot_be_reached_is_one_line(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(checkpoint, "newest", refuse)
+    with pytest.raises(UserError, match="gs://bucket/run cannot be read: .*Permission denied.*credentials"):
+        inference.load("gs://bucket/run")

@@ -31,7 +31,7 @@ def from_official(folder: str, out: str, config: Config) -> None:
     if not config.data.vocab:
         raise UserError("official needs --config.data.vocab, the vocab.txt of BERT base uncased, 30,522 lines")
     tokenizer = _tokenizer(config)
-    checkpoint.write(out, official.load(folder, config.model), tokenizer, config)
+    _write(out, official.load(folder, config.model), tokenizer, config)
     card.write(out, card.describe(config, tokenizer, f"converted from the official checkpoint {folder}"))
 
 
@@ -40,8 +40,15 @@ def from_open_clip(file: str, out: str, settings: str, vocab: str, activation: s
     model, params = open_clip.import_model(pathlib.Path(file), pathlib.Path(settings), activation)
     config = Config(model=model, data=DataConfig(vocab=vocab))
     tokenizer = _tokenizer(config)
-    checkpoint.write(out, params, tokenizer, config)
+    _write(out, params, tokenizer, config)
     card.write(out, card.describe(config, tokenizer, f"converted from the open_clip model {file}"))
+
+
+def _write(out, params, tokenizer, config):
+    try:
+        checkpoint.write(out, params, tokenizer, config)
+    except OSError as error:
+        raise UserError(f"OUT {out!r} cannot be written ({error.strerror or error}): use another folder") from error
 
 
 def to_open_clip(path: str, out: str) -> None:
