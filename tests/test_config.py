@@ -18,7 +18,7 @@ def test_recipes_have_the_hyper_parameters_of_the_paper(load_recipe):
         assert config.total_samples == 12_800_000_000
         assert config.warmup_samples == (256_000_000 if "h14" in name else 51_200_000)
         assert optim.peak_learning_rate(config) == pytest.approx(1.024e-3)
-        assert config.optim == config_lib.OptimConfig(4e-6, 0.9, 0.95, 0.2, "float32")
+        assert config.optim == config_lib.OptimConfig("adamw", 4e-6, 0.9, 0.95, 0.2, "float32")
         assert config.model.image.mask_ratio == (0.5 if "flip" in name else 0)
         assert config.model.image.patch_size == int(name[-2:])
         assert (config.data.crop_area, config.data.crop_aspect) == ((0.5, 1.0), (3 / 4, 4 / 3))
