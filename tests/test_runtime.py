@@ -52,11 +52,15 @@ def interrupt(command, stream, line_has):
 
 
 @pytest.mark.parametrize(
-    "program", [["main.py", "--config=configs/flip_b16.py:runlocal"], ["-m", "flip_jax", "report", "--model=none"]]
+    "program", [["main.py", "--config=configs/flip_b16.py"], ["-m", "flip_jax", "report", "--model=none"]]
 )
 def test_interrupted_imports_are_one_line(program):
-    # Python lists each module on stderr when it has been imported.
-    code, said = interrupt([sys.executable, "-X", "importtime", *program], "stderr", "jax._src.config")
+    code = 1
+    for module in ("jax._src.config", "jax._src.core", "jax._src.numpy.lax_numpy"):
+        # Python loses a signal that arrives in a callback of its garbage collector; the program then ends in an error.
+        if code == 1:
+            # Python lists each module on stderr when it has been imported.
+            code, said = interrupt([sys.executable, "-X", "importtime", *program], "stderr", module)
     ours = [line for line in said.splitlines() if not line.startswith("import time:")]
     assert code == 130 and ours == ["interrupted"]
 
@@ -75,7 +79,7 @@ def test_results_are_exit_codes():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: --workdir"),
+        ([], "error: --config=configs/NAME.py is missing. The recipes:"),
         (["--workdir=a"], "error: --config=configs/NAME.py is missing"),
         (["--workdir=a", "--config=configs/flip_b16.py", "--config.seeed=1"], "did you mean config.seed?"),
         (
