@@ -82,10 +82,7 @@ def test_results_are_exit_codes():
         ([], "error: --config=configs/NAME.py is missing. The recipes:"),
         (["--workdir=a"], "error: --config=configs/NAME.py is missing"),
         (["--workdir=a", "--config=configs/flip_b16.py", "--config.seeed=1"], "did you mean config.seed?"),
-        (
-            ["--workdir={file}/a", "--config=configs/flip_b16.py", "--config.data.train=webdataset:none.tar"],
-            "--workdir",
-        ),
+        (["--workdir={file}/a", "--config=configs/flip_b16.py:runlocal"], "--workdir"),
     ],
 )
 def test_the_trainer_refuses_without_a_trace(arguments, message, tmp_path):
