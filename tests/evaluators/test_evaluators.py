@@ -339,9 +339,9 @@ print(*sys.modules)
 """
 
 
-@pytest.mark.parametrize("every_steps, tasks", [(0, ("linear_probe/none",)), (10, ())])
-def test_no_evaluator_is_loaded_without_a_task(every_steps, tasks):
-    code = LOADED.format(every_steps=every_steps, tasks=tasks)
+@pytest.mark.parametrize("every_steps", [0, 10])
+def test_no_evaluator_is_loaded_without_a_task(every_steps):
+    code = LOADED.format(every_steps=every_steps, tasks=())
     done = run_command([sys.executable, "-c", code])
     ours = {name for name in done.stdout.split() if name.startswith("flip_jax.evaluators")}
     assert ours == {"flip_jax.evaluators"}
