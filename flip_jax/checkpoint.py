@@ -3,12 +3,15 @@
 A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is complete.
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
 import logging
 import os
 import pathlib
+import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,6 +36,11 @@ hush_orbax()
 LENGTHS = ("total_samples", "optim.cooldown_samples")
 # What fine-tuning takes from the model in `init_from`; the image size is the run's own.
 IMAGE_TOWER = ("width", "depth", "heads", "patch_size", "pool", "patch_bias", "positions", "pre_norm", "pixel_stats")
+# How operating systems and object stores say that they do not take a file.
+_STORAGE = re.compile(
+    "No space left on device|Disk quota exceeded|Read-only file system|Permission denied|RESOURCE_EXHAUSTED|"
+    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE"
+)
 RESIZED = ("image.pos_embed", "image.patch_kernel")  # what `read_params` resizes for a model that it starts
 
 
@@ -69,19 +77,37 @@ class Checkpoints:
     ):
         """Starts saving `step`; returns when the arrays may be donated again."""
         self.wait()
+        needed = sum(array.nbytes for array in jax.tree.leaves(state)) // jax.process_count()
+        if "://" not in os.fspath(self.directory) and (free := shutil.disk_usage(self.directory).free) < needed:
+            raise UserError(
+                f"step {step} could not be saved in {self.directory}: it takes up to {needed / 1e9:.3g} GB, and "
+                f"{free / 1e9:.3g} GB are free. Make room, then run the same command again"
+            )
         say(f"saving step {step} ...")
         begun = time.perf_counter()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                data=grain.checkpoint.CheckpointSave(batches),
-                tokenizer=ocp.args.JsonSave(tokenizer.to_json() if tokenizer else {}),
-                config=ocp.args.JsonSave(config_check.flatten(config)),
-                class_names=ocp.args.JsonSave(list(class_names)),
-            ),
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()),
+            data=grain.checkpoint.CheckpointSave(batches),
+            tokenizer=ocp.args.JsonSave(tokenizer.to_json() if tokenizer else {}),
+            config=ocp.args.JsonSave(config_check.flatten(config)),
+            class_names=ocp.args.JsonSave(list(class_names)),
         )
+        with self._storing(step):
+            self._manager.save(step, args=items)
         self._saving = step, begun
+
+    @contextlib.contextmanager
+    def _storing(self, step: int) -> Iterator[None]:
+        """Turns the storage's refusals, of which Orbax raises several kinds, into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            if not (reason := _STORAGE.search(f"{error} {error.__cause__}")):
+                raise
+            raise UserError(
+                f"step {step} could not be saved in {self.directory}: {reason[0]}. Make room or give access, then run "
+                "the same command again: it resumes from the newest step that is complete"
+            ) from error
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> Any:
         """Reads the newest step's state, laid out as the abstract `state`, and moves `batches` to its position."""
@@ -151,7 +177,8 @@ class Checkpoints:
         """Returns when all that was started is saved."""
         while self._saving and self._manager.is_saving_in_progress():
             time.sleep(0.05)  # Ctrl-C here lets the save end; within a join Python 3.11 takes the thread for ended
-        self._manager.wait_until_finished()  # raises the error of a save that failed
+        with self._storing(self._saving[0] if self._saving else 0):
+            self._manager.wait_until_finished()  # raises the error of a save that failed
         if self._saving:
             (step, begun), self._saving = self._saving, None
             folder = pathlib.Path(self.directory / str(step))

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 COMPILED = pathlib.Path.home() / ".cache" / "flip_jax" / "compiled"
+# What a file system answers when it does not take a file.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
 
 
@@ -30,6 +33,14 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except OSError as error:
+        if error.errno not in STORAGE:
+            traceback.print_exc()
+        else:
+            print(
+                f"error: {error}; make room or give access, and run the same command again", file=sys.stderr, flush=True
+            )
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
@@ -118,16 +129,19 @@ def is_alone() -> bool:
 
 
 def hush_orbax() -> None:
-    """Drops two warnings of Orbax about good checkpoints, which nobody can act on; everything else is still logged.
+    """Drops Orbax's warnings about good checkpoints, and its traces of failed saves; everything else is still logged.
 
     Call it after Orbax is imported: absl makes its logger itself.
     """
     # We read single items of a step, and Orbax looks in an item's folder for what is in the step's. Weights that one
     # process wrote need no merge.
     harmless = ("Metadata file does not exist: ", "Skipping merge of OCDBT checkpoints")
+    # The error of a save is raised again where the save is waited for.
+    repeated = ("_SignalingThread.run() raised", "Save Finalize thread", "Handler Commit operations")
 
     def keep(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.WARNING or not any(text in str(record.msg) for text in harmless)
+        dropped = repeated if record.levelno > logging.WARNING else harmless
+        return not any(text in str(record.msg) for text in dropped)
 
     logging.getLogger("absl").addFilter(keep)
 

@@ -1,9 +1,12 @@
 import dataclasses
+import types
 
+import numpy as np
 import pytest
 
 from flip_jax import checkpoint, config_check
 from flip_jax import config as config_lib
+from flip_jax.runtime import UserError
 from flip_jax.train_step import TrainState
 
 
@@ -29,7 +32,7 @@ class Manager:
 
     def wait_until_finished(self):
         if self.failed:
-            raise OSError("no space left")
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing local file")  # as Orbax does
 
     def is_saving_in_progress(self):
         return self.busy
@@ -44,7 +47,7 @@ def saving(tmp_path, monkeypatch, capsys):
     checkpoints, now = checkpoint.Checkpoints(tmp_path, 1), [100.0]
     manager = checkpoints._manager = Manager()
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
-    checkpoints.save(3, TrainState(0, {}, ()), None, None, config_lib.Config())
+    checkpoints.save(3, TrainState(np.int32(0), {}, ()), None, None, config_lib.Config())
     assert capsys.readouterr().out == "saving step 3 ...\n"
     now[0] += 12
     (tmp_path / "checkpoints" / "3" / "state").mkdir(parents=True)
@@ -66,9 +69,18 @@ def test_a_save_is_announced_once_when_it_is_complete(saving, capsys):
 def test_a_save_that_failed_is_not_announced_as_complete(saving, capsys):
     checkpoints, manager = saving
     manager.busy, manager.failed = False, True
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="step 3 could not be saved in .*: RESOURCE_EXHAUSTED. Make room"):
         checkpoints.say_saved()
     assert "saved" not in capsys.readouterr().out
+
+
+def test_a_save_without_room_is_refused_before_it_begins(saving, monkeypatch, capsys):
+    checkpoints, manager = saving
+    manager.busy = False
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3 * 10**9))
+    state = TrainState(np.int32(0), {"w": np.empty((10**9,), np.float32)}, ())  # pages that are never touched
+    with pytest.raises(UserError, match="it takes up to 4 GB, and 3 GB are free"):
+        checkpoints.save(4, state, None, None, config_lib.Config())
 
 
 def test_an_interrupted_wait_forgets_no_save(saving, monkeypatch, capsys):

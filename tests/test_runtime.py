@@ -1,6 +1,7 @@
 """The one error that users see, and the one wrapper that prints it."""
 
 import argparse
+import errno
 import signal
 import subprocess
 import sys
@@ -32,6 +33,16 @@ def test_a_bug_keeps_its_trace(capsys, error):
     assert runtime.run(bug) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback") and "in bug" in said and "error: " not in said
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+
+    assert runtime.run(full) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 28] No space left on device: 'runs/a/metrics.jsonl'; make room")
+    assert said.count("\n") == 1
 
 
 def test_interruption_is_one_line(capsys):
