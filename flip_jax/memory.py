@@ -252,12 +252,13 @@ def device_memory() -> int | None:
 
     On CPUs it is the memory that is available now, shared by all devices of all processes on a machine.
     """
-    own, machine = jax.local_devices(), zlib.crc32(socket.gethostname().encode())
+    own, machine = jax.local_devices(), zlib.crc32(socket.gethostname().encode()) >> 1
     on_cpu = own[0].platform == "cpu"
     limit = (available() if on_cpu else (own[0].memory_stats() or {}).get("bytes_limit")) or 0
-    limits = multihost_utils.process_allgather(np.array([limit, machine, len(own)], np.int64)).reshape(-1, 3)
+    # JAX cuts what processes exchange to 32 bits, so memory is in MiB.
+    limits = multihost_utils.process_allgather(np.array([limit >> 20, machine, len(own)], np.int32)).reshape(-1, 3)
     sharing = [limits[limits[:, 1] == name, 2].sum() if on_cpu else 1 for name in limits[:, 1]]
-    return int((limits[:, 0] // sharing).min()) or None
+    return (int((limits[:, 0] // sharing).min()) << 20) or None
 
 
 def available(root: pathlib.Path = pathlib.Path("/")) -> int | None:

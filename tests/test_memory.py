@@ -5,6 +5,7 @@ import types
 
 import helpers
 import jax
+import numpy as np
 import pytest
 
 from flip_jax import config_check, memory, sharding, train_step
@@ -131,6 +132,18 @@ def test_available_memory_is_the_least_that_linux_says(tmp_path, version, limit,
     (top / "a/memory.stat").write_text("active_file 500\ninactive_file 100\n")
     assert memory.available(tmp_path) == expected
     assert memory.available(tmp_path / "nowhere") is None
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    machine = memory.zlib.crc32(memory.socket.gethostname().encode()) >> 1
+
+    def gather(own):  # two processes here, one on another machine with less memory
+        assert own.dtype == np.int32 and own.tolist() == [24 * 1024, machine, jax.local_device_count()]
+        return np.stack([own, own, np.array([5 * 1024, machine + 1, 4], np.int32)])
+
+    monkeypatch.setattr(memory, "available", lambda: 24 * 2**30 + 5)
+    monkeypatch.setattr(memory.multihost_utils, "process_allgather", gather)
+    assert memory.device_memory() == min(24 * 1024 // (2 * jax.local_device_count()), 5 * 1024 // 4) * MIB
 
 
 def test_numbers_and_auto_are_both_given_on_the_command_line():
