@@ -113,6 +113,12 @@ def test_lines_are_captions_of_their_own_only_in_text_files_of_tars_that_are_eva
     assert records("webdataset", folder / "0.tar")[0]["texts"] == [text]
 
 
+def train_on(source):
+    """Opens a source for training."""
+    config = Config(global_batch_size=1, data=DataConfig(train=source))
+    pipeline.train_dataset(config, None, process_index=0, process_count=1)
+
+
 def test_labels_of_a_csv_are_numbers_or_names(folder):
     (folder / "0.csv").write_text("image,label\na.png,2\nb.png,10\nc d.png,\n")
     assert [r["label"] for r in records("csv", folder / "0.csv")] == [2, 10, None]
@@ -121,12 +127,7 @@ def test_labels_of_a_csv_are_numbers_or_names(folder):
     assert source.class_names == ["fox", "owl"]
     assert [r["label"] for r in sources.in_order(source, iter(range(3)))] == [1, 0, 1]
     with pytest.raises(UserError, match="has no captions .*1.csv has columns 'image', 'Class'"):
-        pipeline.train_dataset(
-            Config(global_batch_size=1, data=DataConfig(train=f"csv:{folder}/1.csv")),
-            None,
-            process_index=0,
-            process_count=1,
-        )
+        train_on(f"csv:{folder}/1.csv")
 
 
 @pytest.mark.parametrize(
@@ -188,12 +189,7 @@ def test_parquets_labels_have_the_names_that_hugging_face_gives_them(tmp_path):
     assert source.class_names == ["owl", "fox", "cat"]
     assert [r["label"] for r in sources.in_order(source, iter([0]))] == [2, 0, None, 1, 1]
     with pytest.raises(UserError, match="has no captions .*'img' .binary.*'fine' .int64"):
-        pipeline.train_dataset(
-            Config(global_batch_size=1, data=DataConfig(train=f"parquet:{path}")),
-            None,
-            process_index=0,
-            process_count=1,
-        )
+        train_on(f"parquet:{path}")
 
 
 def test_consecutive_rows_with_an_image_are_its_captions_and_every_offset_resumes(tmp_path):
