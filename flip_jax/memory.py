@@ -198,6 +198,8 @@ def device_memory() -> int | None:
     own, machine = jax.local_devices(), zlib.crc32(socket.gethostname().encode()) >> 1
     shared = own[0].platform == "cpu"
     if shared:
+        from flip_jax import host_memory
+
         limit = host_memory.available() or 0
     else:
         limit = (own[0].memory_stats() or {}).get("bytes_limit") or 0
