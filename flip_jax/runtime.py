@@ -168,6 +168,19 @@ def meet(name: str) -> None:
     ocp.multihost.sync_global_processes(f"flip_jax/{name}", timeout=1200, processes=processes)
 
 
+def gather(name: str, own: list[str]) -> list[str]:
+    """Joins the lists of all processes, in each of them; `name` is used once in a run."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return own
+    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
+    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
+    meet(name)
+    return [line for _, lines in client.key_value_dir_get(folder) for line in json.loads(lines)]
+
+
 def sum_counts(name: str, own: dict[str, int]) -> dict[str, int]:
     """Sums counts over all processes, on the first one; `name` is used once in a run.
 

@@ -49,8 +49,9 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         if reasons := evaluators.problems(config):  # named together with the training data where these are missing, too
             raise UserError("\n".join([*pipeline.problems(config), *reasons]))
     metrics.check(config)
+    saving = config.checkpoint
     with (
-        contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints,
+        contextlib.closing(checkpoint.Checkpoints(workdir, saving.keep, saving.strict)) as checkpoints,
         jax.set_mesh(mesh),
         runtime.Termination() as termination,
     ):

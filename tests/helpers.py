@@ -12,12 +12,13 @@ import tempfile
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from PIL import Image
 from pyarrow import parquet
 
 import flip_jax
-from flip_jax import config_check, sharding, train_step
+from flip_jax import config_check, manifest, sharding, train_step
 from flip_jax.config import (
     Config,
     DataConfig,
@@ -251,6 +252,7 @@ def save(encoder, step):
             checkpointer.save(step / item, content)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(step / "state", {"params": encoder.params})
+    manifest.write(epath.Path(step))
 
 
 def command(tool, **options):
