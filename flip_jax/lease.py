@@ -14,7 +14,7 @@ from flip_jax import lock
 RENEWED = 20  # seconds between two renewals
 
 
-def acquire(path: str, option: str) -> Callable[[], None]:
+def acquire(path: str, what: str) -> Callable[[], None]:
     """Creates the object and keeps it; returns what ends that. One that nobody renews any more is taken over.
 
     Stores whose client cannot create an object on condition that there is none have no lock, which is said.
@@ -22,7 +22,6 @@ def acquire(path: str, option: str) -> Callable[[], None]:
     Raises:
       UserError: another program holds it.
     """
-    folder = path.rpartition("/")[0]
     try:
         filesystem, name = fsspec.url_to_fs(path)
     except (ImportError, ValueError) as error:
@@ -35,13 +34,13 @@ def acquire(path: str, option: str) -> Callable[[], None]:
     except FileExistsError:
         holder = _holder(filesystem, name)
         if _alive(filesystem, name):
-            raise lock.in_use(option, folder, holder) from None
-        print(f"{folder} was locked by {holder}, which does not renew it: taken over", file=sys.stderr, flush=True)
+            raise lock.in_use(what, holder) from None
+        print(f"{what} was locked by {holder}, which does not renew it: taken over", file=sys.stderr, flush=True)
         filesystem.rm_file(name)
         try:
             filesystem.pipe_file(name, content(), mode="create")
         except FileExistsError:  # another program was faster
-            raise lock.in_use(option, folder, _holder(filesystem, name)) from None
+            raise lock.in_use(what, _holder(filesystem, name)) from None
     except (TypeError, NotImplementedError) as error:
         print(f"{path}: this store has no locks ({error}): nothing else may use the folder", file=sys.stderr)
         return lambda: None
@@ -51,7 +50,7 @@ def acquire(path: str, option: str) -> Callable[[], None]:
         while not ended.wait(RENEWED):
             try:
                 if (holder := _holder(filesystem, name)) not in (mine, ""):
-                    print(f"error: {folder} was taken over by {holder}; this program ends", file=sys.stderr, flush=True)
+                    print(f"error: {what} was taken over by {holder}; this program ends", file=sys.stderr, flush=True)
                     os._exit(1)
                 filesystem.pipe_file(name, content())
             except Exception as error:  # each store's client has its own kinds

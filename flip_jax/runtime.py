@@ -43,6 +43,9 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
                 f"error: {error}; make room or give access, and run the same command again", file=sys.stderr, flush=True
             )
         code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 128 + signal.SIGINT
     except Exception as error:
         traceback.print_exc()
         code = 1

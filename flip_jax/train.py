@@ -54,7 +54,7 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     metrics.check(config)
     saving = config.checkpoint
     with (
-        lock.hold(workdir, "--workdir", together=True),
+        lock.hold(workdir / lock.NAME, f"--workdir {workdir}", together=True),
         contextlib.closing(checkpoint.Checkpoints(workdir, saving.keep, saving.strict)) as checkpoints,
         jax.set_mesh(mesh),
         runtime.Termination() as termination,

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from pyarrow import parquet
 
@@ -365,3 +366,11 @@ NAMES, TEMPLATE = ["red 1", "picture 2", "a 3"], "a {} picture"
 def cosines(encoder, contents, texts):
     images = np.stack([transforms.decode(content, 32, DataConfig()) for content in contents])
     return np.asarray(encoder.encode_image(images)) @ encoder.encode_text(texts).T
+
+
+class Bucket(MemoryFileSystem):
+    """Takes names that begin with gs://."""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("gs://", "memory://"))

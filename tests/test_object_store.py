@@ -7,19 +7,12 @@ import types
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile
+from helpers import Bucket
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flip_jax import checkpoint, damage, manifest, metrics, trackers
 from flip_jax.config import Config
-
-
-class Bucket(MemoryFileSystem):
-    """Takes names that begin with gs://."""
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).replace("gs://", "memory://"))
 
 
 @pytest.fixture
