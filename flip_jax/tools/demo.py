@@ -25,7 +25,7 @@ from PIL import Image
 from flip_jax import inference, masking, runtime
 from flip_jax.data import transforms
 from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, Pick, Record, sample
-from flip_jax.evaluators import zeroshot
+from flip_jax.evaluators import snapshot, zeroshot
 from flip_jax.runtime import UserError
 from flip_jax.tools import embed, options, search
 from flip_jax.tools import index as index_lib
@@ -179,7 +179,7 @@ class Demo:
         masking.check(tower, dataclasses.replace(model.text, mask_ratio=0.0))
         grid, image_SxSx3 = tower.image_size // tower.patch_size, self._pixels(content)
         patch_1xKxP, position_1xK = jax.device_get(_see_image(tower, jax.random.key(seed), image_SxSx3[None]))
-        kept = masking.unpatchify(patch_1xKxP[0], None if position_1xK is None else position_1xK[0], grid)
+        kept = snapshot.unpatchify(patch_1xKxP[0], None if position_1xK is None else position_1xK[0], grid)
         return {
             "whole": _data_url(image_SxSx3, "PNG"),
             "kept": _data_url(kept, "PNG"),
