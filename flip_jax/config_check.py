@@ -26,6 +26,7 @@ RESUMABLE_CHANGES = (
     "log.",
     "data.tfds_dir",
     "data.threads",
+    "data.workers",
     "data.max_bad_fraction",
     "init_from",
     "profile",
@@ -194,6 +195,7 @@ _AT_LEAST_ZERO = (
     "eval.every_steps",
     "checkpoint.every_steps",
     "data.threads",
+    "data.workers",
     "finetune.classes",
 )
 

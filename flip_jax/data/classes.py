@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from flip_jax.config import Config
-from flip_jax.data import pipeline
 from flip_jax.runtime import UserError
 
 SHOWN = 5  # names in a message
@@ -90,6 +89,8 @@ def trained(config: Config) -> tuple[str, ...]:
     Raises:
       UserError: the sources have different classes, or more than `config.finetune.classes`.
     """
+    from flip_jax.data import pipeline  # it imports JAX, which worker processes do not need
+
     count, named = config.finetune.classes, [x.class_names for _, x in pipeline.open_mixture(config) if x.class_names]
     if not named:
         return ()
