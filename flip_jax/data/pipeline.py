@@ -203,6 +203,7 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
 
     def close(self):
         if not self._closed:
+            self._parent.maker.close()  # so that the thread that prefetches waits for nothing
             super().close()
 
 
@@ -228,13 +229,13 @@ class _BatchIterator(grain.DatasetIterator):
             from flip_jax.data import workers  # only a run with workers needs it
 
             values = [value for _, value in entries(config)]
-            self._maker = workers.Workers(count, config, self._tokenizer, values, opened, self._rows)
-            opened = self._maker.sources
+            self.maker = workers.Workers(count, config, self._tokenizer, values, opened, self._rows)
+            opened = self.maker.sources
         else:
-            self._maker = _Threads(config, target)
+            self.maker = _Threads(config, target)
         says_captions = target.name == "text" and not process
         self._streams = [
-            stream.Stream(source, schedule, f"{config.seed}/{process}", self._maker, says_captions, **position)
+            stream.Stream(source, schedule, f"{config.seed}/{process}", self.maker, says_captions, **position)
             for source, schedule, position in zip(opened, self._schedules, positions, strict=True)
         ]
 
@@ -256,7 +257,7 @@ class _BatchIterator(grain.DatasetIterator):
                 self._counts["used"] += 1
                 self._bad_in_a_row = 0
         self._warn_of_few(keys)
-        return self._maker.stack(made) | {"keys": keys, "counts": copy.deepcopy(self._counts)}
+        return self.maker.stack(made) | {"keys": keys, "counts": copy.deepcopy(self._counts)}
 
     def _warn_of_few(self, keys):
         """Warns once where a batch is larger than the source: it then compares images with themselves."""
@@ -316,7 +317,7 @@ class _BatchIterator(grain.DatasetIterator):
             self._stop()
 
     def _stop(self):
-        self._maker.close()
+        self.maker.close()
         for one in self._streams:
             one.close()
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from helpers import REPO, environment, png, samples, write_tar
 
 from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, worker_process, workers
+from flip_jax.data import pipeline, workers
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
@@ -50,7 +49,7 @@ def same(one, other):
 
 def alive(iterator):
     """The worker processes of now."""
-    return [worker._process for worker in iterator._parent._maker._workers if worker._process]
+    return [worker._process for worker in iterator._parent.maker._workers if worker._process]
 
 
 def is_running(pid):
@@ -99,11 +98,11 @@ def test_killed_workers_change_nothing_and_any_number_resumes(shards, caplog):
 
 def test_memory_is_used_again(shards):
     iterator = batches(shards, 1)
-    store, sizes = iterator._parent._maker._store, []
+    store, sizes = iterator._parent.maker._store, []
     for _ in range(60):
         next(iterator)
         sizes.append(os.fstat(store).st_blocks * 512)
-    assert len(iterator._parent._maker._maps) <= pipeline.PREFETCH + 3
+    assert len(iterator._parent.maker._maps) <= pipeline.PREFETCH + 3
     assert max(sizes[40:]) <= 1.2 * max(sizes[10:30])  # 240 records later
     iterator.close()
 
@@ -136,51 +135,42 @@ def test_what_workers_refuse_or_break_reaches_the_caller(tmp_path, monkeypatch):
     assert errors[0] == errors[1] and "100 no text" in errors[0]
     iterator = batches(f"webdataset:{tmp_path}/bad.tar", 1)
     with pytest.raises(RuntimeError, match="in a worker:\n(?s:.*)KeyError"):
-        iterator._parent._maker.prepare([{"key": "a record of another form"}]).result()
+        iterator._parent.maker.prepare([{"key": "a record of another form"}]).result()
     iterator.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="config.data.workers: worker 0 did not start: exit status 1"):
         next(batches(f"webdataset:{tmp_path}/bad.tar", 1))
 
 
-@pytest.fixture
-def slow(tmp_path):
-    """A tar with an image whose decoder, in Python, takes seconds."""
-    side = 700
-    content = b"P3 %d %d 255\n" % (side, side) + b"7 " * (3 * side * side)
+def test_a_record_that_takes_too_long_is_counted_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """An image whose decoder, in Python, takes more than a second of processor time."""
+    content = b"P3 1200 1200 255\n" + b"7 " * (3 * 1200 * 1200)
     write_tar(tmp_path / "0.tar", [*samples(20), ("slow.ppm", content), ("slow.txt", b"picture"), *samples(20, 20)])
-    return f"webdataset:{tmp_path}/0.tar"
-
-
-def test_a_record_that_takes_too_long_is_counted_and_the_rest_goes_on(slow, monkeypatch):
     monkeypatch.setattr(workers, "TOO_SLOW", 0.3)
-    iterator = batches(slow, 1)
+    iterator = batches(f"webdataset:{tmp_path}/0.tar", 1)
     found = list(itertools.islice(iterator, 5))
     assert found[-1]["counts"]["bad"] == {"too slow": 1}
     assert len({key for batch in found for key in batch["keys"]}) == 40
     iterator.close()
 
 
-def test_a_record_that_ends_its_decoder_twice_is_counted(slow):
-    iterator = batches(slow, 1)
-    killed = []
-
-    def kill():
-        """Kills the worker as soon as it is at the same record for a while."""
-        store, last, since = iterator._parent._maker._store, b"", time.time()
-        while len(killed) < 2:
-            mark = os.pread(store, 8, worker_process.MARKS)
-            if mark != last or not any(mark):
-                last, since = mark, time.time()
-            elif time.time() - since > 0.15 and alive(iterator):
-                killed.append(alive(iterator)[0].pid)
-                os.kill(killed[-1], signal.SIGKILL)
-                since = time.time()
-            time.sleep(0.02)
-
-    threading.Thread(target=kill, daemon=True).start()
+def test_a_record_that_ends_its_decoder_twice_is_counted(tmp_path, monkeypatch, caplog):
+    """By a decoder that crashes, which workers get from a module that Python imports at its start."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "from flip_jax.data import transforms\n"
+        "decode = transforms.decode\n"
+        "def crash(data, *rest):\n"
+        "    return os.kill(os.getpid(), signal.SIGSEGV) if data == b'crash' else decode(data, *rest)\n"
+        "transforms.decode = crash\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    write_tar(tmp_path / "0.tar", [*samples(20), ("x.png", b"crash"), ("x.txt", b"picture"), *samples(20, 20)])
+    iterator = batches(f"webdataset:{tmp_path}/0.tar", 1)
     found = list(itertools.islice(iterator, 5))
     assert found[-1]["counts"]["bad"] == {"ends the decoder": 1}
+    assert len({key for batch in found for key in batch["keys"]}) == 40
+    assert "died (SIGSEGV) and is replaced" in caplog.text
     iterator.close()
 
 
