@@ -9,7 +9,7 @@ from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
-SLICE = 16  # records that a thread decodes at a time
+SLICE = 32  # records that a thread decodes at a time
 NONE_AMONG = 100  # records of which none can be used, at the start of a run
 
 
