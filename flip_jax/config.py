@@ -137,7 +137,8 @@ class DataConfig:
     allow_parent_paths: bool = False  # the paths in a CSV or Parquet file of your own may hold ".."
     shuffle_window: int = 10_000  # records that are held, still encoded, and shuffled
     interleave: int = 8  # shards read in parallel
-    threads: int = 0  # decoding threads; 0: one per core
+    workers: int | str = "auto"  # processes that read and decode; 0: threads; "auto": cores - 1 of more than 4, else 0
+    threads: int = 0  # decoding threads where there are no workers; 0: one per core
     crop_area: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True

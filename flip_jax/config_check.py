@@ -152,6 +152,7 @@ _AT_LEAST_ZERO = (
     "eval.every_steps",
     "checkpoint.every_steps",
     "data.threads",
+    "data.workers",
     "finetune.classes",
 )
 

@@ -21,6 +21,7 @@ RESUMABLE_CHANGES = (
     "log.",
     "data.tfds_dir",
     "data.threads",
+    "data.workers",
     "data.max_bad_fraction",
     "init_from",
     "profile",
