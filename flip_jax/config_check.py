@@ -16,21 +16,6 @@ from flip_jax.runtime import UserError
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Settings that may differ between the run that wrote a checkpoint and the one that resumes it.
-RESUMABLE_CHANGES = (
-    "mesh.",
-    "microbatches",
-    "model.remat",
-    "eval.",
-    "checkpoint.",
-    "log.",
-    "data.tfds_dir",
-    "data.threads",
-    "data.max_bad_fraction",
-    "init_from",
-    "profile",
-)
-
 
 def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
     """Turns a ConfigDict (or a nested mapping) into a checked `Config`.
@@ -96,33 +81,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-# What a checkpoint of an earlier version calls a setting, and its name today.
-RENAMED = {"model.temperature": "model.init_logit_scale"}
-OLD_CAPTIONS = ["caption", "captions", "title", "text", "captions/text", "txt"]  # the default of earlier versions
-
-
-def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames the settings of an older checkpoint to their names of today."""
-    current = {RENAMED.get(key, key): value for key, value in flat.items()}
-    if flat.get("data.captions") == OLD_CAPTIONS:
-        current["data.captions"] = list(Config().data.captions)
-    if "model.temperature" in flat:  # values outside of today's range meant its bounds, to which the loss clips
-        current["model.init_logit_scale"] = min(max(flat["model.temperature"], 1.0), 100.0)
-    return current
-
-
-def from_flat(flat: Mapping[str, Any]) -> Config:
-    """Undoes `flatten`; `flat` may be from an earlier version."""
-    nested: dict[str, Any] = {}
-    for key, value in current_names(flat).items():
-        *groups, leaf = key.split(".")
-        node = nested
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = value
-    return from_config_dict(nested)
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -313,23 +271,10 @@ def read_recipe(arguments: Sequence[str]) -> Config:
     try:
         rest = values(argv)[1:]
         values.config.lock()  # a recipe that could not be read raises at its first use
-    except flags.Error as error:
-        if isinstance(error, flags.UnrecognizedFlagError):
-            raise UserError(f"--{error.flagname} is unknown; {_did_you_mean().option(error.flagname)}") from error
-        if "Error whilst parsing config file" not in str(error):
-            raise UserError(str(error)) from error
-        # ml_collections raises it again with the text of the trace; a refusal is one message, a bug keeps its trace.
-        cause: BaseException | None = error
-        while cause and not (type(cause) is UserError and "Traceback" not in str(cause)):
-            cause = cause.__cause__ or cause.__context__
-        if not cause:
+    except (flags.Error, KeyError, AttributeError) as error:
+        if not (reason := _did_you_mean().reason(error, keys)):
             raise
-        raise UserError(str(cause)) from None
-    except (KeyError, AttributeError) as error:
-        reason = next(filter(None, (unknown(key.removeprefix("config.")) for key in keys if "." in key)), None)
-        if not reason:
-            raise
-        raise UserError(reason) from error
+        raise UserError(reason) from None
     if rest:
         raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks, braces or a glob needs quotes")
     return from_config_dict(values.config)

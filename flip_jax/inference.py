@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from flip_jax import checkpoint, masking, models, sharding
+from flip_jax import checkpoint, masking, models, saved_config, sharding, weights
 from flip_jax.config import Config, MeshConfig
 from flip_jax.data import transforms
 from flip_jax.data.tokenizer import Tokenizer
@@ -153,9 +153,9 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
         step = checkpoint.newest(path)
     except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
         raise UserError(f"{os.fspath(path)} cannot be read: {error}; check the path and its credentials") from error
-    config = checkpoint.read_config(step)
+    config = saved_config.read(step)
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))
-    params = checkpoint.read_params(step, sharding.place(abstract, mesh))
+    params = weights.read_params(step, sharding.place(abstract, mesh))
     with jax.set_mesh(mesh):
-        return Encoder(graphdef, params, checkpoint.read_tokenizer(step), config, checkpoint.read_class_names(step))
+        return Encoder(graphdef, params, checkpoint.read_tokenizer(step), config, weights.read_class_names(step))

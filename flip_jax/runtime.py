@@ -47,7 +47,7 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
     except Exception as error:
         traceback.print_exc()
         code = 1
-        if _is_one_of_several() and isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
+        if _is_one_of_several() and lost_another(error):
             index, wait = sys.modules["jax"].process_index(), 2 * LOST_AFTER
             print(
                 f"error: process {index} cannot continue. If another process was lost, JAX names it within {wait} s. "
@@ -68,6 +68,11 @@ def leave(code: int) -> NoReturn:
         print(end="", flush=True)
         os._exit(code)
     sys.exit(code)
+
+
+def lost_another(error: Exception) -> bool:
+    """Tells whether an error, or what caused it, is one of those that JAX raises where another process is gone."""
+    return any(isinstance(e, sys.modules["jax"].errors.JaxRuntimeError) for e in (error, error.__cause__))
 
 
 def _is_one_of_several() -> bool:

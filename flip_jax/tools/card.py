@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 from huggingface_hub import EvalResult, ModelCardData
 
-from flip_jax import checkpoint, config_check, metrics, models
+from flip_jax import checkpoint, config_check, metrics, models, saved_config
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from flip_jax.runtime import UserError
@@ -68,7 +68,7 @@ def from_model(path: str | os.PathLike) -> Card:
     if (folder / JSON).exists() and not (folder / "checkpoints").is_dir():
         return json.loads((folder / JSON).read_text())
     step = checkpoint.newest(path)
-    config, tokenizer = checkpoint.read_config(step), checkpoint.read_tokenizer(step)
+    config, tokenizer = saved_config.read(step), checkpoint.read_tokenizer(step)
     if step.parent.name != "checkpoints":
         return describe(config, tokenizer, "weights of unknown training")
     card, run = describe(config, tokenizer, "trained with flip_jax"), step.parent.parent
@@ -134,7 +134,7 @@ def write(folder: str | os.PathLike, card: Card) -> None:
 
 def markdown(card: Card, name: str) -> str:
     """Format README.md: front matter for the hub, then the facts of card.json in words."""
-    config, blank = config_check.from_flat(card["config"]), "unknown"
+    config, blank = saved_config.from_flat(card["config"]), "unknown"
     image, text, data, evaluation = config.model.image, config.model.text, card["data"], card["evaluation"]
     results = evaluation["results"] if evaluation else {}
     patches = (image.image_size // image.patch_size) ** 2

@@ -15,7 +15,7 @@ import pathlib
 
 import jax
 
-from flip_jax import checkpoint, config_check
+from flip_jax import checkpoint, config_check, saved_config, weights
 from flip_jax.config import Config, DataConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
@@ -46,7 +46,7 @@ def from_open_clip(file: str, out: str, settings: str, vocab: str, activation: s
 
 def _write(out, params, tokenizer, config):
     try:
-        checkpoint.write(out, params, tokenizer, config)
+        weights.write(out, params, tokenizer, config)
     except OSError as error:
         raise UserError(f"OUT {out!r} cannot be written ({error.strerror or error}): use another folder") from error
 
@@ -54,7 +54,7 @@ def _write(out, params, tokenizer, config):
 def to_open_clip(path: str, out: str) -> None:
     """Write the newest step of a run, or one step, as open_clip loads it."""
     step = checkpoint.newest(path)
-    config, tokenizer = checkpoint.read_config(step), checkpoint.read_tokenizer(step)
+    config, tokenizer = saved_config.read(step), checkpoint.read_tokenizer(step)
     if config.finetune.classes:
         raise UserError(
             f"{path} is a classifier (config.finetune.classes), but open_clip holds only models with two towers"
@@ -65,7 +65,7 @@ def to_open_clip(path: str, out: str) -> None:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), official.abstract_params(model)
     )
-    params = checkpoint.read_params(step, abstract, start_of=model)
+    params = weights.read_params(step, abstract, start_of=model)
     for note in open_clip.export_model(pathlib.Path(out), model, params, tokenizer):
         print(f"note: {note}")
     card.write(out, card.from_model(path) | {"library": "open_clip"})
