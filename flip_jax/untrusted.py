@@ -8,6 +8,7 @@ from typing import Any
 from flip_jax.runtime import UserError
 
 MAX_SETTINGS = 2**26  # bytes of a file of settings, names or results
+ITEMS = ("state",)  # of a step that hold more than that
 
 # What moves the cursor, colours, hides or reverses text: control characters but newline and tab, and Unicode's marks
 # of direction.
@@ -28,11 +29,11 @@ def read_file(path: str | os.PathLike, limit: int = MAX_SETTINGS) -> bytes:
     """Reads a file.
 
     Raises:
-      UserError: it is a pipe, device, socket or folder, which might never end, or has more than `limit` bytes.
+      UserError: it is a pipe or device, which might never end, or has more than `limit` bytes.
       OSError: it cannot be read.
     """
     # A pipe that nobody writes to would block `open` itself.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UserError(f"{os.fspath(path)} is not a regular file; copy its content into one")
         content = file.read(limit + 1)
@@ -41,16 +42,37 @@ def read_file(path: str | os.PathLike, limit: int = MAX_SETTINGS) -> bytes:
     return content
 
 
-def plain(text: str) -> str:
-    """Escapes what a terminal obeys rather than shows, and what cannot be encoded."""
+def check_folder(folder: str | os.PathLike) -> None:
+    """Checks that the files of a step's folder can be read without waiting for ever or filling the memory.
+
+    Raises:
+      UserError: a file that is no regular one, or settings or names of more than `MAX_SETTINGS` bytes.
+    """
+    if "://" not in os.fspath(folder):
+        for place, _, names in os.walk(os.fspath(folder)):
+            item = os.path.relpath(place, folder).partition(os.sep)[0]
+            for path in (os.path.join(place, name) for name in names):
+                found = os.stat(path)
+                if not stat.S_ISREG(found.st_mode):
+                    raise UserError(f"{path} is not a regular file: the checkpoint is damaged; use another step")
+                if item not in ITEMS and found.st_size > MAX_SETTINGS:
+                    raise UserError(
+                        f"{path} has {found.st_size:,} bytes, at most {MAX_SETTINGS:,} are read: the checkpoint is "
+                        "damaged; use another step"
+                    )
+
+
+def plain(text: str, lines: bool = True) -> str:
+    """Escapes what a terminal obeys rather than shows, and what cannot be encoded; without `lines`, makes one line."""
+    text = text if lines else " ".join(text.split())
     return text.translate(_ESCAPES).encode(errors="backslashreplace").decode()
 
 
 def markdown(value: Any) -> str:
     """Escapes what Markdown obeys, for one line of text or a cell of a table."""
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(plain(str(value)).split()))
+    return _MARKDOWN.sub(r"\\\g<0>", plain(str(value), lines=False))
 
 
 def code(value: Any) -> str:
     """Formats a value as code in Markdown, also in a table."""
-    return "`" + " ".join(plain(str(value)).split()).replace("`", "'").replace("|", r"\|") + "`"
+    return "`" + plain(str(value), lines=False).replace("`", "'").replace("|", r"\|") + "`"

@@ -46,7 +46,8 @@ class Csv(indexed.Files):
 
     def __init__(self, pattern: str, data: DataConfig):
         csv.field_size_limit(MAX_TEXT)
-        self.paths, self._data = paths.expand(pattern), data
+        self.paths = paths.expand(pattern)
+        self._data = paths.may_name_urls(data, self.paths[0])
         columns: list[list[Any]] = [[], [], []]  # the path, the caption and the label of each row, in chunks
         self._alone: list[int] = []  # rows that are never joined with others, because they are no pair
         self.without_captions = ""
@@ -333,7 +334,7 @@ class Parquet(shards.Shards):
                     values.append(_value(other, name))
             picture, value = _picture(row[image]), row.get(label)
             if isinstance(picture, str):
-                picture = paths.read_image(paths.located(picture, folder), self._data)
+                picture = paths.read_image(paths.located(picture, folder), paths.may_name_urls(self._data, folder))
             if isinstance(picture, str):
                 rest = {"bad": picture}
             elif isinstance(row[image], list) and len(row[image]) > 1:
