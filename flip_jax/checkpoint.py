@@ -151,14 +151,19 @@ def newest(path: str) -> epath.Path:
     Raises:
       UserError: there is no complete checkpoint.
     """
+    from flip_jax import untrusted
+
     folder = absolute(path)
     if (folder / "state").is_dir():
+        untrusted.check_folder(folder)
         return folder
     # On object stores, which cannot rename folders, one may be there before it is complete.
     steps = ocp.utils.checkpoint_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else ()
     if not steps:
         raise UserError(f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder")
-    return folder / "checkpoints" / str(max(steps))
+    step = folder / "checkpoints" / str(max(steps))
+    untrusted.check_folder(step)
+    return step
 
 
 def read_tokenizer(step: epath.Path) -> Tokenizer | None:

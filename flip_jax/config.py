@@ -134,6 +134,7 @@ class DataConfig:
         "captions/text",
     )  # the first found; "txt" is also the text file of a webdataset
     image: str = ""  # column or feature that holds the images; empty: a usual name
+    allow_urls: bool = False  # a local CSV or Parquet file of your own may name images by URLs
     allow_parent_paths: bool = False  # the paths in a CSV or Parquet file of your own may hold ".."
     shuffle_window: int = 10_000  # records that are held, still encoded, and shuffled
     interleave: int = 8  # shards read in parallel

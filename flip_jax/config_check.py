@@ -156,6 +156,20 @@ _AT_LEAST_ZERO = (
     "finetune.classes",
 )
 
+# Sizes that only a damaged or hostile file has; arrays of them would fill the memory.
+_AT_MOST = {
+    "image_size": 2**13,
+    "width": 2**15,
+    "depth": 2**10,
+    "embed_dim": 2**15,
+    "vocab_size": 2**24,
+    "context_length": 2**16,
+    "batch_size": 2**20,
+    "threads": 2**10,
+    "classes": 2**24,
+}
+_MAX_PATCHES = 2**16
+
 
 def _check(config: Config) -> None:
     flat, image, text, data = flatten(config), config.model.image, config.model.text, config.data
@@ -163,6 +177,9 @@ def _check(config: Config) -> None:
         if flat[key] not in allowed:
             raise UserError(f"config.{key} must be one of {', '.join(allowed)}; got {flat[key]!r}")
     for key, value in flat.items():
+        most = _AT_MOST.get(key.rpartition(".")[2])
+        if most and type(value) is int and value > most:
+            raise UserError(f"config.{key} must be at most {most}, got {value}")
         least = 0 if key in _AT_LEAST_ZERO else 1
         if type(value) is int and key != "seed" and value < least:
             raise UserError(f"config.{key} must be at least {least}, got {value}")
@@ -173,6 +190,11 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.model.image.image_size {image.image_size} does not divide by patch_size {image.patch_size}; "
             f"the nearest size that does is {round(image.image_size / image.patch_size) * image.patch_size}"
+        )
+    if (patches := (image.image_size // image.patch_size) ** 2) > _MAX_PATCHES:
+        raise UserError(
+            f"config.model.image: {patches} patches of {image.patch_size} px are more than {_MAX_PATCHES}; raise "
+            "patch_size or lower image_size"
         )
     masking.check(image, text)
     if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":

@@ -156,9 +156,15 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
     config = saved_config.read(step)
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))
+    tokenizer, entries = checkpoint.read_tokenizer(step), config.model.text.vocab_size
+    if tokenizer and tokenizer.vocab_size > entries:
+        raise UserError(
+            f"{step}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, above config.model.text.vocab_size "
+            f"{entries}: the checkpoint is damaged; use another step"
+        )
     params = weights.read_params(step, sharding.place(abstract, mesh))
     with jax.set_mesh(mesh):
-        return Encoder(graphdef, params, checkpoint.read_tokenizer(step), config, weights.read_class_names(step))
+        return Encoder(graphdef, params, tokenizer, config, weights.read_class_names(step))
 
 
 def _views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:

@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import config_check, models, saved_config
+from flip_jax import config_check, models, saved_config, stored_arrays
 from flip_jax.checkpoint import absolute, differences, read_json
 from flip_jax.config import Config, ImageConfig, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def check_start(config: Config, step: epath.Path) -> None:
     """Raises UserError, before anything is compiled, where the weights of a step cannot start this run."""
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))[1])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = checkpointer.metadata(step / "state").item_metadata["params"]
+        saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
     _compare(step, {name: part for name, part in params.items() if name != "head"}, saved, config.model)
 
 
@@ -81,7 +81,7 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
       UserError: names or shapes that differ, both sides.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = checkpointer.metadata(step / "state").item_metadata["params"]
+        saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
         unused, resized = _compare(step, params, saved, start_of)
         if unused:
             _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
