@@ -184,10 +184,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every `every_steps` (0: only at the end and on SIGTERM) and keep the newest `keep`."""
+    """Save every `every_steps` (0: only at the end and on SIGTERM) and keep the newest `keep`.
+
+    A run whose newest checkpoint is damaged resumes from the one before; with `strict` it stops instead.
+    """
 
     every_steps: int = 1000
     keep: int = 3
+    strict: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import config_check, models, saved_config, stored_arrays
+from flip_jax import config_check, manifest, models, saved_config, stored_arrays
 from flip_jax.checkpoint import absolute, differences, read_json
 from flip_jax.config import Config, ImageConfig, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
@@ -39,7 +39,8 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
         for item, content in (("tokenizer", tokenizer.to_json()), ("config", config_check.flatten(config))):
             checkpointer.save(folder / item, args=ocp.args.JsonSave(content))
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "state", {"params": params})  # last: it makes the folder a checkpoint
+        checkpointer.save(folder / "state", {"params": params})
+    manifest.write(folder)
 
 
 def read_class_names(step: epath.Path) -> tuple[str, ...] | None:
