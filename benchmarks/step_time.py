@@ -136,10 +136,10 @@ def measure(
     try:
         for side in case.sides:
             framework, change = side
+            about = sides["flip_jax", ""].about if ("flip_jax", "") in sides else {}
             if framework == "flip_jax":
-                command, about = [sys.executable, "-m", "benchmarks.own_step", case.model, str(batch), change, masks], {}
-            elif peer_python and ("flip_jax", "") in sides:
-                about = sides["flip_jax", ""].about
+                command = [sys.executable, "-m", "benchmarks.own_step", case.model, str(batch), change, masks]
+            elif peer_python and about:
                 command = [peer_python, "-m", "benchmarks.open_clip_step", json.dumps(about), masks]
             else:
                 continue
