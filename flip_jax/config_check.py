@@ -127,7 +127,7 @@ _CHOICES = {
     "model.text.pool": ("first", "mean", "last"),
     "model.activation": ("gelu_tanh", "gelu", "quick_gelu"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),

@@ -16,6 +16,7 @@ RESUMABLE_CHANGES = (
     "mesh.",
     "microbatches",
     "model.remat",
+    "model.attention",
     "eval.",
     "checkpoint.",
     "log.",
