@@ -186,8 +186,9 @@ def newest(path: str) -> epath.Path:
                 f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder"
             )
         step = step / "checkpoints" / str(steps[-1])
-    from flip_jax import damage
+    from flip_jax import damage, untrusted
 
+    untrusted.check_folder(step)
     damage.refuse(step)
     return step
 

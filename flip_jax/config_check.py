@@ -127,7 +127,7 @@ _CHOICES = {
     "model.text.pool": ("first", "mean", "last"),
     "model.activation": ("gelu_tanh", "gelu", "quick_gelu"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
@@ -152,8 +152,23 @@ _AT_LEAST_ZERO = (
     "eval.every_steps",
     "checkpoint.every_steps",
     "data.threads",
+    "data.workers",
     "finetune.classes",
 )
+
+# Sizes that only a damaged or hostile file has; arrays of them would fill the memory.
+_AT_MOST = {
+    "image_size": 2**13,
+    "width": 2**15,
+    "depth": 2**10,
+    "embed_dim": 2**15,
+    "vocab_size": 2**24,
+    "context_length": 2**16,
+    "batch_size": 2**20,
+    "threads": 2**10,
+    "classes": 2**24,
+}
+_MAX_PATCHES = 2**16
 
 
 def _check(config: Config) -> None:
@@ -162,6 +177,9 @@ def _check(config: Config) -> None:
         if flat[key] not in allowed:
             raise UserError(f"config.{key} must be one of {', '.join(allowed)}; got {flat[key]!r}")
     for key, value in flat.items():
+        most = _AT_MOST.get(key.rpartition(".")[2])
+        if most and type(value) is int and value > most:
+            raise UserError(f"config.{key} must be at most {most}, got {value}")
         least = 0 if key in _AT_LEAST_ZERO else 1
         if type(value) is int and key != "seed" and value < least:
             raise UserError(f"config.{key} must be at least {least}, got {value}")
@@ -172,6 +190,11 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.model.image.image_size {image.image_size} does not divide by patch_size {image.patch_size}; "
             f"the nearest size that does is {round(image.image_size / image.patch_size) * image.patch_size}"
+        )
+    if (patches := (image.image_size // image.patch_size) ** 2) > _MAX_PATCHES:
+        raise UserError(
+            f"config.model.image: {patches} patches of {image.patch_size} px are more than {_MAX_PATCHES}; raise "
+            "patch_size or lower image_size"
         )
     masking.check(image, text)
     if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":

@@ -27,9 +27,25 @@ class UserError(ValueError):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return plain(super().__str__())
+
+
+def plain(text: str) -> str:
+    """Escapes what a terminal would obey: messages quote files, keys and captions that strangers wrote."""
+    from flip_jax import untrusted
+
+    return text if text.isprintable() else untrusted.plain(text)
+
+
+class _LogRecord(logging.LogRecord):
+    def getMessage(self):  # noqa: N802  logging's name
+        return plain(super().getMessage())
+
 
 def run(function: Callable[..., int | None], *arguments: Any) -> int:
     """Calls a command and returns its exit code; a `UserError` is one message, any other error keeps its trace."""
+    logging.setLogRecordFactory(_LogRecord)
     try:
         return function(*arguments) or 0
     except UserError as error:
@@ -151,7 +167,7 @@ def say(line: str) -> None:
     import jax
 
     if jax.process_index() == 0:
-        print(line, flush=True)
+        print(plain(line), flush=True)
 
 
 def meet(name: str) -> None:

@@ -85,6 +85,7 @@ def arguments(shards, workdir, **changes):
     settings = {
         "data.train": f"webdataset:{shards}/{{00000..00001}}.tar",
         "data.shuffle_window": 50,
+        "data.workers": 0,
         "model.image.image_size": 32,
         "model.image.patch_size": 8,
         "model.image.mask_ratio": 0.5,

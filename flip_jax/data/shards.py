@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import logging
 import os
 import re
@@ -16,7 +15,18 @@ import google_crc32c
 
 from flip_jax.config import DataConfig
 from flip_jax.data import fingerprint, paths, sources
-from flip_jax.data.records import END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
+from flip_jax.data.records import (
+    END,
+    IMAGES,
+    MAX_IMAGE,
+    MAX_TEXT,
+    Pick,
+    Record,
+    example,
+    example_key,
+    json_object,
+    sample,
+)
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
@@ -56,8 +66,9 @@ class Shards:
     caption_names: Sequence[str] = ()  # where the texts of a record come from, for people
     at_once = 1  # items that `read` takes per call
 
-    def __init__(self, pattern: str, data: DataConfig):
-        self.paths, self.window, self.interleave = paths.expand(pattern), data.shuffle_window, data.interleave
+    def __init__(self, pattern: str | list[str], data: DataConfig):
+        self.paths = paths.expand(pattern) if isinstance(pattern, str) else pattern
+        self.window, self.interleave = data.shuffle_window, data.interleave
         self._data, self._captions = data, data.captions
         self.ignored: Counter[str] = Counter()  # what no sample is made of, by kind
         self._failed = set()  # paths that all attempts failed for: they get one attempt in later epochs
@@ -112,7 +123,7 @@ class WebDataset(Shards):
     the shards.
     """
 
-    def __init__(self, pattern: str, data: DataConfig):
+    def __init__(self, pattern: str | list[str], data: DataConfig):
         super().__init__(pattern, data)
         self.caption_names = [sources.TEXT_FILE if name == "txt" else f"JSON key {name!r}" for name in data.captions]
         self._images = [data.image.lower()] if data.image else IMAGES
@@ -160,11 +171,7 @@ class WebDataset(Shards):
                 yield key, {"bad": bad} if bad else self._sample(parts), end
 
     def _sample(self, parts):
-        try:
-            fields = json.loads(parts.get("json", b"").decode(errors="surrogateescape"))
-        except (ValueError, RecursionError):
-            fields = {}
-        fields = (fields if isinstance(fields, dict) else {}) | {name: parts[name] for name in parts.keys() & {"txt"}}
+        fields = json_object(parts.get("json", b"")) | {name: parts[name] for name in parts.keys() & {"txt"}}
         label = parts.get("cls", b"").strip()
         if not re.fullmatch(rb"\d{0,9}", label):
             return {"bad": "class is no number"}
@@ -179,7 +186,7 @@ class TfRecord(Shards):
     as the start of the next record is then unknown.
     """
 
-    def __init__(self, pattern: str, data: DataConfig):
+    def __init__(self, pattern: str | list[str], data: DataConfig):
         super().__init__(pattern, data)
         self.caption_names = [f"feature {name!r}" for name in data.captions]
         self._images = [data.image] if data.image else IMAGE_FIELDS

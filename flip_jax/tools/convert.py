@@ -16,7 +16,7 @@ import pathlib
 
 import jax
 
-from flip_jax import checkpoint, config_check, lock, saved_config, weights
+from flip_jax import checkpoint, config_check, lock, runtime, saved_config, weights
 from flip_jax.config import Config, DataConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
@@ -68,7 +68,7 @@ def to_open_clip(path: str, out: str) -> None:
     )
     params = weights.read_params(step, abstract, start_of=model)
     for note in open_clip.export_model(pathlib.Path(out), model, params, tokenizer):
-        print(f"note: {note}")
+        print(f"note: {runtime.plain(note)}")
     card.write(out, card.from_model(path) | {"library": "open_clip"})
 
 

@@ -134,7 +134,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
 
 def _say(line, file=None):
     if jax.process_index() == 0:
-        print(line, file=file, flush=True)
+        print(runtime.plain(line), file=file, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

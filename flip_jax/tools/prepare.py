@@ -153,7 +153,7 @@ class Preparation:
 def members(record: records.Record, shortest_side: int | None, data: DataConfig) -> list[tuple[str, bytes]]:
     """Return a webdataset sample's files as (extension, content); BadImage if training cannot use the record."""
     inspect.decode(record, DECODED, data)
-    extension, image = reduced(record["image"], shortest_side)
+    extension, image = reduced(record["image"], shortest_side, data)
     texts = record["texts"]
     parts = [(extension, image)]
     if len(texts) > 1:
@@ -163,9 +163,9 @@ def members(record: records.Record, shortest_side: int | None, data: DataConfig)
     return parts + ([] if record["label"] is None else [("cls", b"%d" % record["label"])])
 
 
-def reduced(data: bytes, shortest_side: int | None) -> tuple[str, bytes]:
+def reduced(data: bytes, shortest_side: int | None, settings: DataConfig) -> tuple[str, bytes]:
     """Return an encoded image's extension and bytes, as a smaller JPEG if its shorter side is above `shortest_side`."""
-    image = Image.open(io.BytesIO(data), formats=transforms.FORMATS)
+    image = transforms.open_image(data, settings)
     if not shortest_side or min(image.size) <= shortest_side:
         # Readers recognise other formats by their content, whatever the extension says.
         extension = image.format.lower()
