@@ -17,14 +17,13 @@ from pyarrow import parquet
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, sources
+from flip_jax.data import pipeline, sources, vocabulary
 from flip_jax.data import shards as shard_files
 from flip_jax.data.samples import make_target, prepare
-from flip_jax.data.tokenizer import Tokenizer
 
 SIZE, LENGTH, SAMPLES = 8, 6, 4
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
-TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(9)], 100)
+TOKENIZER = vocabulary.train([f"picture {i}" for i in range(9)], 100)
 CONFIG = Config(
     seed=5,
     global_batch_size=8,

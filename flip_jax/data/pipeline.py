@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import itertools
 import logging
 import os
 import re
@@ -83,17 +82,6 @@ def _described(config, mixture):
     ]
 
 
-def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
-    """Reads at most `limit` captions of the training data to learn a vocabulary from, the same in every process."""
-    mixture, captions = open_mixture(config), []
-    for _, source in mixture:
-        schedule = sources.Schedule(len(source), config.seed)
-        records = sources.in_order(source, (schedule[i][0] for i in range(len(source))))
-        texts = (text for record in records for text in record.get("texts", []))
-        captions += itertools.islice(texts, limit // len(mixture))
-    return captions
-
-
 def problems(config: Config) -> list[str]:
     """Returns the reason why config.data.train cannot be opened; nothing where it can."""
     try:
@@ -114,13 +102,11 @@ def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer 
     if config.finetune.classes:
         return None
     size = config.model.text.vocab_size
-    if saved:
-        tokenizer = saved
-    elif config.data.vocab:
-        tokenizer = Tokenizer.from_vocab(config.data.vocab)
-    else:
-        _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
-        tokenizer = Tokenizer.train(caption_sample(config), size)
+    tokenizer = saved
+    if not tokenizer:
+        from flip_jax.data import vocabulary  # only a new run needs it
+
+        tokenizer = vocabulary.make(config)
     if tokenizer.vocab_size > size:
         raise UserError(
             f"config.model.text.vocab_size {size} is less than the tokenizer's {tokenizer.vocab_size} entries "

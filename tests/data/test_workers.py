@@ -14,11 +14,10 @@ import pytest
 from helpers import REPO, environment, png, samples, write_tar
 
 from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, workers
-from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data import pipeline, vocabulary, workers
 from flip_jax.runtime import UserError
 
-TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(200)], 100)
+TOKENIZER = vocabulary.train([f"picture {i}" for i in range(200)], 100)
 MODEL = ModelConfig(image=ImageConfig(image_size=16, patch_size=8), text=TextConfig(vocab_size=100, context_length=6))
 
 
