@@ -163,10 +163,12 @@ def test_chunks_larger_than_their_array_are_refused_before_they_are_read(step, t
     (array,) = (tmp_path / "state").glob("*image.patch_kernel/.zarray")
     content = json.loads(array.read_text())
     array.write_text(json.dumps(content | {"chunks": [2**34, *content["chunks"][1:]]}))
+    (tmp_path / manifest.NAME).unlink()
     manifest.write(epath.Path(tmp_path))
     with pytest.raises(UserError, match=r"image.patch_kernel of shape \(.*\) is stored in chunks of \(17179869184"):
         flip_jax.load(tmp_path)
     array.write_text("{}")
+    (tmp_path / manifest.NAME).unlink()
     manifest.write(epath.Path(tmp_path))
     with pytest.raises(UserError, match="has no weights, or says nothing of their shapes"):
         flip_jax.load(tmp_path)
