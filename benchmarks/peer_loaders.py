@@ -1,8 +1,8 @@
 """Run the loaders that input_pipeline.py compares with, in the environments of open_clip and of TensorFlow.
 
-usage: python peer_loaders.py open_clip|tensorflow SECONDS SHARD...
+usage: python peer_loaders.py open_clip|tensorflow WORKERS SECONDS SHARD...
 
-Prints {"images", "seconds", "cpu_seconds"} as JSON. One process, one decoding thread, 224 pixels.
+Prints what `measure` returns as JSON. WORKERS are open_clip's processes (0: it has none) or TensorFlow's threads.
 """
 
 import itertools
@@ -31,7 +31,7 @@ def declare_torchvision():
         globals()["library"] = library  # deleting it would undo the declarations
 
 
-def open_clip(shards):
+def open_clip(shards, workers):
     """Yield batches of open_clip's training transform and tokenizer, in the webdataset stages of its training."""
     import torch
 
@@ -45,8 +45,9 @@ def open_clip(shards):
     transform = image_transform(SIZE, is_train=True, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
     tokenizer = SimpleTokenizer(context_length=TOKENS)
     while True:
-        yield from webdataset.DataPipeline(
+        dataset = webdataset.DataPipeline(
             webdataset.SimpleShardList(shards),
+            webdataset.split_by_worker,
             webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue),
             webdataset.select(lambda sample: "txt" in sample and ("jpg" in sample or "png" in sample)),
             webdataset.shuffle(WINDOW, initial=WINDOW),
@@ -56,9 +57,12 @@ def open_clip(shards):
             webdataset.to_tuple("image", "text"),
             webdataset.batched(32, partial=False),  # faster than larger batches
         )
+        if workers:  # endless, so that its processes are not started again
+            dataset = webdataset.WebLoader(dataset.repeat(10**6), batch_size=None, num_workers=workers)
+        yield from dataset
 
 
-def tensorflow(shards):
+def tensorflow(shards, workers):
     """Yield batches of a usual tf.data pipeline over TFRecords of the same images; without a tokenizer it does less."""
     import tensorflow as tf
 
@@ -97,22 +101,48 @@ def tensorflow(shards):
         return image, fields["txt"]
 
     options = tf.data.Options()
-    options.threading.private_threadpool_size = 1
-    dataset = tf.data.TFRecordDataset(path).repeat().shuffle(WINDOW).map(sample).batch(BATCH).prefetch(2)
+    options.threading.private_threadpool_size = workers or 1
+    dataset = tf.data.TFRecordDataset(path).repeat().shuffle(WINDOW)
+    dataset = dataset.map(sample, num_parallel_calls=workers or None).batch(BATCH).prefetch(2)
     yield from dataset.with_options(options).as_numpy_iterator()
 
 
+def children():
+    """List the ids of this process's children."""
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/children") as file:
+            found += file.read().split()
+    return found
+
+
+def children_seconds():
+    """Return the processor seconds that this process's children have used."""
+    total = 0
+    for child in children():
+        with open(f"/proc/{child}/stat") as file:
+            total += sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 def measure(batches, seconds):
-    """Count images, wall-clock and processor seconds for `seconds`, after two batches."""
-    next(batches), next(batches)  # do not count what was prefetched
-    start, cpu, images = time.perf_counter(), time.process_time(), 0
+    """Count images, wall-clock and processor seconds for `seconds`, after several batches.
+
+    `main_seconds` are those of this process alone, `cpu_seconds` those of its children too.
+    """
+    start, images = time.perf_counter(), 0
+    while images < 5 * BATCH or time.perf_counter() - start < seconds / 4:  # do not count what was prefetched
+        images += len(next(batches)[0])
+    start, main, other, images = time.perf_counter(), time.process_time(), children_seconds(), 0
     while time.perf_counter() - start < seconds:
         images += len(next(batches)[0])
-    return {"images": images, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    took, main, other = time.perf_counter() - start, time.process_time() - main, children_seconds() - other
+    return {"images": images, "seconds": took, "cpu_seconds": main + other, "main_seconds": main}
 
 
 if __name__ == "__main__":
-    loader, seconds, *paths = sys.argv[1:]
-    print(json.dumps(measure({"open_clip": open_clip, "tensorflow": tensorflow}[loader](paths), float(seconds))))
+    loader, workers, seconds, *paths = sys.argv[1:]
+    batches = {"open_clip": open_clip, "tensorflow": tensorflow}[loader](paths, int(workers))
+    print(json.dumps(measure(batches, float(seconds))))
     sys.stdout.flush()
     os._exit(0)  # threads that wait for a consumer would keep the process alive

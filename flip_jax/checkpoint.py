@@ -1,6 +1,6 @@
 """Checkpoints: train state, data position, tokenizer and config of a step, saved together by Orbax.
 
-A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is complete.
+A step is the folder WORKDIR/checkpoints/STEP, which appears only when it is complete, synced and has its manifest.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flip_jax import config_check
+from flip_jax import config_check, manifest
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError, hush_orbax, lost_another, say
@@ -35,23 +35,31 @@ _STORAGE = re.compile(
 class Checkpoints:
     """The checkpoints of one workdir. Saving is asynchronous; the newest `keep` stay."""
 
-    def __init__(self, workdir: str | os.PathLike, keep: int):
+    def __init__(self, workdir: str | os.PathLike, keep: int, strict: bool = False):
         self.directory = absolute(workdir) / "checkpoints"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workdir {workdir} cannot be made or written to: {error}; use another folder") from error
+        if manifest.complete(self.directory):
+            from flip_jax import damage
+
+            damage.set_aside(self.directory, strict)
         # Naming the processes makes Orbax 0.12 meet at the coordination service; else each of its barriers is a
         # computation on all devices, which may run next to a step and lock it.
         processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=processes
+            max_to_keep=keep,
+            create=False,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=processes,
+            temporary_path_class=_finishing(self.directory),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saving: tuple[int, float] | None = None  # the step, and when its save began
 
     def latest(self) -> int | None:
-        """Finds the newest complete step, or None."""
+        """Finds the newest whole step, or None."""
         return self._manager.latest_step()
 
     def save(
@@ -134,6 +142,25 @@ class Checkpoints:
         self._manager.close()
 
 
+def _finishing(directory: epath.Path) -> type[ocp.path.atomicity_types.TemporaryPath]:
+    """Returns how Orbax completes a step in `directory`, with our manifest as its last file."""
+    parent: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
+
+    class Finishing(parent):
+        async def finalize(self):  # in the first process, when all have written
+            written, final = self.get(), self.get_final()
+            if final.parent != directory:  # an item of the step
+                return await super().finalize()
+            self._checkpoint_metadata_store.wait_until_finished()
+            manifest.write(written)
+            if written == final:  # an object store, which cannot rename folders
+                return await super().finalize()
+            written.rename(final)
+            manifest.sync_folder(directory)
+
+    return Finishing
+
+
 def absolute(path: str | os.PathLike) -> epath.Path:
     """Makes a path absolute. UserError if Orbax, which looks for its files by globs, could not read it back."""
     path = epath.Path(path).expanduser()
@@ -149,20 +176,20 @@ def newest(path: str) -> epath.Path:
     """Finds the step's folder that `path` means: itself, or the newest step of that workdir.
 
     Raises:
-      UserError: there is no complete checkpoint.
+      UserError: there is no complete checkpoint, or it is damaged.
     """
-    from flip_jax import untrusted
+    step = absolute(path)
+    if not (step / "state").is_dir():
+        steps = manifest.complete(step / "checkpoints")
+        if not steps:
+            raise UserError(
+                f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder"
+            )
+        step = step / "checkpoints" / str(steps[-1])
+    from flip_jax import damage, untrusted
 
-    folder = absolute(path)
-    if (folder / "state").is_dir():
-        untrusted.check_folder(folder)
-        return folder
-    # On object stores, which cannot rename folders, one may be there before it is complete.
-    steps = ocp.utils.checkpoint_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else ()
-    if not steps:
-        raise UserError(f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder")
-    step = folder / "checkpoints" / str(max(steps))
     untrusted.check_folder(step)
+    damage.refuse(step)
     return step
 
 

@@ -127,7 +127,7 @@ _CHOICES = {
     "model.text.pool": ("first", "mean", "last"),
     "model.activation": ("gelu_tanh", "gelu", "quick_gelu"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
@@ -152,6 +152,7 @@ _AT_LEAST_ZERO = (
     "eval.every_steps",
     "checkpoint.every_steps",
     "data.threads",
+    "data.workers",
     "finetune.classes",
 )
 

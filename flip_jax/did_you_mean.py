@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "train_num_samples": ("total_samples", "epochs x samples in the data"),
     "warmup": ("warmup_samples", "in samples: steps x global_batch_size"),
     "warmup_steps": ("warmup_samples", "in samples: steps x global_batch_size"),
-    "workers": ("data.threads", "decoding threads per process, 0 for one per core"),
+    "workers": ("data.workers", "processes that read and decode, 0 for threads"),
     "precision": ("model.dtype", "bfloat16 or float32"),
     "grad_checkpointing": ("model.remat", "none, dots, names, full or auto"),
     "save_frequency": ("checkpoint.every_steps", "in steps"),

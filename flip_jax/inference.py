@@ -134,7 +134,7 @@ def _encode_views(model: FLIP, image_BxHxWx3: jax.Array, mask: str, seed: int) -
     """Averages the embeddings of random parts of an image, of one or of as many as cover it, and normalises."""
     config = model.config.image
     patch_BxLxP = masking.patchify(image_BxHxWx3, config.patch_size)
-    views_VxBxK = masking.views(jax.random.key(seed), patch_BxLxP, config.visible_patches)
+    views_VxBxK = _views(jax.random.key(seed), patch_BxLxP, config.visible_patches)
     views_VxBxK = views_VxBxK[: {"masked": 1, "ensemble": None}[mask]]
 
     def encode(position_BxK):
@@ -165,3 +165,14 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
     params = weights.read_params(step, sharding.place(abstract, mesh))
     with jax.set_mesh(mesh):
         return Encoder(graphdef, params, tokenizer, config, weights.read_class_names(step))
+
+
+def _views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
+    """Draws random subsets [V, B, keep] that together cover all patches; only the last may repeat some.
+
+    The noise depends on the key and the image itself only, so that evaluation depends on neither batch nor devices.
+    """
+    count = patch_BxLxP.shape[1]
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.sum(patch_BxLxP.astype(jnp.uint32), axis=(1, 2)))
+    order_BxL = masking.smallest(jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys_B), count)
+    return jnp.stack([order_BxL[:, min(i, count - keep) :][:, :keep] for i in range(0, count, keep)])

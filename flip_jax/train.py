@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from flip_jax import checkpoint, memory, metrics, models, optim, runtime, sharding
+from flip_jax import checkpoint, lock, memory, metrics, models, optim, runtime, sharding
 from flip_jax.config import Config
 from flip_jax.data import pipeline
 from flip_jax.runtime import UserError, say
@@ -23,8 +24,10 @@ IN_FLIGHT = 2  # steps given to the devices ahead of the one they work on
 Report = tuple[int, list[str], dict[str, jax.Array]]  # step, keys of this process's samples, scalars on the devices
 
 
-def train(config: Config, workdir: str | os.PathLike, started: float | None = None) -> None:
+def train(config: Config, workdir: str | os.PathLike, started: float | None = None) -> int:
     """Trains to `config.total_samples`, from the newest checkpoint in `workdir` if there is one.
+
+    Returns the exit code: 130 if Ctrl-C stopped the run, else 0.
 
     The time to the first step is counted from `started`, a value of `time.perf_counter` (None: now).
 
@@ -49,12 +52,15 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
         if reasons := evaluators.problems(config):  # named together with the training data where these are missing, too
             raise UserError("\n".join([*pipeline.problems(config), *reasons]))
     metrics.check(config)
+    saving = config.checkpoint
     with (
-        contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints,
+        lock.hold(workdir / lock.NAME, f"--workdir {workdir}", together=True),
+        contextlib.closing(checkpoint.Checkpoints(workdir, saving.keep, saving.strict)) as checkpoints,
         jax.set_mesh(mesh),
         runtime.Termination() as termination,
     ):
         _run(config, workdir, mesh, limit, checkpoints, termination, started)
+    return 128 + signal.SIGINT if termination.interrupted else 0
 
 
 def _run(
@@ -116,7 +122,7 @@ def _run(
     if config.eval.wanted:
         from flip_jax.evaluators import in_training
 
-        evaluate = in_training.evaluation(config, program, tokenizer, class_names, mesh, writer)
+        evaluate = in_training.evaluation(config, program, tokenizer, class_names, mesh, writer, termination)
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
@@ -144,7 +150,7 @@ def _run(
         elif len(window) > IN_FLIGHT:
             # Bounds the batches that wait on the devices; the step waited for is done long before they run dry.
             jax.block_until_ready(window[-1 - IN_FLIGHT][2])
-        stop, last = termination.reached(step), step == config.total_steps
+        stop, last = termination.reached(), step == config.total_steps
         save = stop or last or _due(step, config.checkpoint.every_steps)
         evaluating = evaluate and (last or _due(step, config.eval.every_steps))
         if save or evaluating or _due(step, config.log.every_steps):
@@ -159,7 +165,8 @@ def _run(
         if evaluating:
             with progress.pause("evaluation", config.eval.every_steps):
                 evaluate(state.params, batch, step)
-        if save:
+            stop = termination.stopping
+        if save or stop:
             with progress.pause("save", config.checkpoint.every_steps):
                 checkpoints.save(step, state, batches, tokenizer, config, class_names)
         if stop:
@@ -167,7 +174,8 @@ def _run(
     writer.close()
     if stop and not last:
         checkpoints.wait()
-        say(f"SIGTERM: saved step {step} of {config.total_steps} in {workdir}; run the same command to resume")
+        cause = "interrupted" if termination.interrupted else "SIGTERM"
+        say(f"{cause}: saved step {step} of {config.total_steps} in {workdir}; run the same command to resume")
 
 
 def _initial_state(

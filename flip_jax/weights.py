@@ -12,9 +12,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import config_check, models, saved_config, stored_arrays
+from flip_jax import config_check, manifest, models, saved_config, stored_arrays
 from flip_jax.checkpoint import absolute, differences, read_json
-from flip_jax.config import Config, ModelConfig
+from flip_jax.config import Config, ImageConfig, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
 from flip_jax.runtime import UserError
@@ -39,7 +39,8 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
         for item, content in (("tokenizer", tokenizer.to_json()), ("config", config_check.flatten(config))):
             checkpointer.save(folder / item, args=ocp.args.JsonSave(content))
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "state", {"params": params})  # last: it makes the folder a checkpoint
+        checkpointer.save(folder / "state", {"params": params})
+    manifest.write(folder)
 
 
 def read_class_names(step: epath.Path) -> tuple[str, ...] | None:
@@ -95,7 +96,7 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
         def as_ours(path, leaf, value):
             if (name := _name(path)) not in resized:
                 return value
-            value = vit.resize_weight(start_of.image, name.removeprefix("image."), np.asarray(value))
+            value = resize_weight(start_of.image, name.removeprefix("image."), np.asarray(value))
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
         wanted = {"params": jax.tree_util.tree_map_with_path(as_saved, params)}
@@ -133,3 +134,25 @@ def _compare(step: epath.Path, params: Any, saved: Any, start_of: ModelConfig | 
 
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarray:
+    """Resizes a weight ("pos_embed" or "patch_kernel") of a tower of another image or patch size to this one."""
+    if name == "patch_kernel":
+        return resize_patch_kernel(value, config.patch_size)
+    grid = config.image_size // config.patch_size
+    if config.positions == "learned":
+        return np.asarray(vit.resize_positions(value, grid))
+    return vit.sincos_2d(grid, config.width)  # rebuilt, as the official code does
+
+
+def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarray:
+    """Resizes the kernel to another patch size: it responds to a resized patch as the old one did to the patch.
+
+    Exact for larger patches, least squares for smaller ones (pseudo-inverse; FlexiViT, arXiv 2212.08013).
+    """
+    old, _, channels, width = kernel_PxPx3xD.shape
+    by_side = np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (patch_size, old), "linear"), np.float64)
+    back = np.linalg.pinv(np.kron(by_side, by_side).T)  # [patch_size**2, old**2]
+    resized = back @ np.asarray(kernel_PxPx3xD, np.float64).reshape(old**2, channels * width)
+    return resized.reshape(patch_size, patch_size, channels, width).astype(np.float32)

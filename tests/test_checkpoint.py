@@ -15,13 +15,13 @@ from flip_jax.train_step import TrainState
 def test_a_setting_that_is_newer_than_the_checkpoint_was_its_default(monkeypatch):
     config = config_lib.Config(total_samples=25_600)
     written = config_check.flatten(config)
-    del written["model.attention"]
+    del written["model.loss"]
     step = epath.Path("run/checkpoints/10")
     monkeypatch.setattr(saved_config, "read_json", lambda step, item: {"config": written}[item])
     monkeypatch.setattr(saved_config, "_knows_data", lambda step: False)
     saved_config.check(step, config)
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="cudnn"))
-    with pytest.raises(ValueError, match="config.model.attention: checkpoint 'xla', now 'cudnn'"):
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, loss="sigmoid"))
+    with pytest.raises(ValueError, match="config.model.loss: checkpoint 'info_nce', now 'sigmoid'"):
         saved_config.check(step, other)
     with pytest.raises(ValueError, match="config.total_samples: checkpoint 25600, now "):
         saved_config.check(step, config_lib.Config())

@@ -81,13 +81,15 @@ def test_another_config_is_refused_and_damages_nothing(undisturbed):
 
 
 def test_killed_at_any_step_and_started_again_the_run_ends_with_the_same_bits(undisturbed, shards, tmp_path):
-    """SIGKILL twice, at moments drawn anew for each run of the test."""
+    """SIGKILL twice, at moments drawn anew for each run of the test, which reads with 2 workers, then 1, then none."""
     workdir, first = undisturbed
     command = [arg.replace(str(workdir), str(tmp_path)) for arg in first.args]
     seconds = np.random.default_rng().uniform(0, 3, size=2)
-    for wait in seconds:
+    for wait, workers in zip(seconds, (2, 1), strict=True):
+        reading = [arg.replace("data.workers=0", f"data.workers={workers}") for arg in command]
+        assert reading != command
         process = subprocess.Popen(
-            command, cwd=REPO, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            reading, cwd=REPO, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         started, lines = time.time(), count_lines(tmp_path)
         while process.poll() is None and count_lines(tmp_path) == lines and time.time() - started < 200:

@@ -28,6 +28,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
 from flip_jax.data import pipeline, sources
 from flip_jax.data import shards as shard_files
+from flip_jax.data.samples import make_target, prepare
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.tools import demo_server
 
@@ -170,7 +171,7 @@ def prepared(request, tmp_path_factory):
             source = sources.open_source(f"{request.param}:{folder}/{number:05}.x", CONFIG.data)
             records = list(itertools.islice(sources.in_order(source, iter(range(1))), 100))
             assert len(records) < 100
-            samples = pipeline._prepare(records, CONFIG, pipeline._make_target(CONFIG, TOKENIZER))
+            samples = prepare(records, CONFIG, make_target(CONFIG, TOKENIZER))
             found.append((records, samples, count, untouched))
         yield f"{request.param}:{folder}/*.x", found
 

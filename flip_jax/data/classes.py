@@ -9,7 +9,6 @@ from etils import epath
 
 from flip_jax import weights
 from flip_jax.config import Config
-from flip_jax.data import pipeline
 from flip_jax.runtime import UserError
 
 SHOWN = 5  # names in a message
@@ -92,6 +91,8 @@ def trained(config: Config) -> tuple[str, ...]:
     Raises:
       UserError: the sources have different classes, or more than `config.finetune.classes`.
     """
+    from flip_jax.data import pipeline  # it imports JAX, which worker processes do not need
+
     count, named = config.finetune.classes, [x.class_names for _, x in pipeline.open_mixture(config) if x.class_names]
     if not named:
         return ()

@@ -16,6 +16,8 @@ from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
+Row = tuple[str, list[Any], int | None, int]  # an image's path, its captions and class, and the epoch
+
 MAX_JSON = 2**30  # bytes
 MAX_COUNT = 100  # largest label where the label is a number of objects
 CLASS_CAPTION = "a photo of a {}."  # for TFDS data sets without text
@@ -43,11 +45,19 @@ class Files:
 
     def read(self, picks: list[Pick], offset: int = 0) -> Iterator[tuple[Record, int]]:
         """Reads the picked records."""
-        for index, epoch in picks:
-            path, captions, label = self._row(index)
-            image = paths.read_image(path, self._data)
-            rest = {"bad": image} if isinstance(image, str) else sample(image, captions, label)
-            yield {"key": path.encode(errors="replace").decode(), "epoch": epoch} | rest, END
+        yield from load(self.rows(picks), self._data)
+
+    def rows(self, picks: list[Pick]) -> list[Row]:
+        """Looks up what to read of the picked records."""
+        return [(*self._row(index), epoch) for index, epoch in picks]
+
+
+def load(rows: list[Row], data: DataConfig) -> Iterator[tuple[Record, int]]:
+    """Reads the images of rows, which needs nothing else of their source."""
+    for path, captions, label, epoch in rows:
+        image = paths.read_image(path, data)
+        rest = {"bad": image} if isinstance(image, str) else sample(image, captions, label)
+        yield {"key": path.encode(errors="replace").decode(), "epoch": epoch} | rest, END
 
 
 class Folder(Files):

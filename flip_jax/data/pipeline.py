@@ -2,22 +2,20 @@
 
 import atexit
 import copy
-import functools
 import itertools
 import logging
 import os
 import re
+import sys
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 
 from flip_jax.config import Config
-from flip_jax.data import sources, stream, transforms
-from flip_jax.data.records import BadRecord, Record
+from flip_jax.data import samples, sources, stream
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
@@ -37,7 +35,8 @@ def train_dataset(
 
     Each is {"image": uint8 [b, S, S, 3], "text": int32 [b, T], "keys": list[str], "counts": {"read": int, "used": int,
     "bad": {kind: int}}} with b = global_batch_size / process_count. Counts run from the start of training to the end of
-    the batch; read = used + all bad. The state of an iterator (JSON) resumes exactly, with any number of threads.
+    the batch; read = used + all bad. The state of an iterator (JSON) resumes exactly, with any number of threads or
+    `config.data.workers`. Workers lend the memory of a batch: it is used again once nothing refers to its arrays.
     With `config.finetune.classes`, "label", int32 [b], replaces "text", and no tokenizer is needed.
 
     Raises:
@@ -57,26 +56,30 @@ def train_dataset(
         "shards": [len(source) for _, source in mixture],
         "sources": _described(config, mixture),
     }
-    return _Batches(config, _make_target(config, tokenizer), mixture, schedules, rows, identity)
+    return _Batches(config, tokenizer, mixture, schedules, rows, identity)
 
 
 def open_mixture(config: Config) -> list[tuple[float, Any]]:
     """Opens the sources of config.data.train, "WEIGHT*KIND:REST;WEIGHT*KIND:REST", each with its weight."""
     mixture = []
-    for entry in _ENTRIES.split(config.data.train):
-        weight, value = _WEIGHTED.fullmatch(entry).groups()
-        if weight and not float(weight):
-            raise UserError(f"config.data.train: a weight must be above 0, got {entry!r}")
-        mixture.append((float(weight or 1), sources.open_source(value, config.data, "config.data.train")))
+    for weight, value in entries(config):
+        if not weight:
+            raise UserError(f"config.data.train: a weight must be above 0, got {f'{weight}*{value}'!r}")
+        mixture.append((weight, sources.open_source(value, config.data, "config.data.train")))
     return mixture
+
+
+def entries(config: Config) -> list[tuple[float, str]]:
+    """Lists the weights and sources that config.data.train names."""
+    found = [_WEIGHTED.fullmatch(entry).groups() for entry in _ENTRIES.split(config.data.train)]
+    return [(float(weight or 1), value) for weight, value in found]
 
 
 def _described(config, mixture):
     """Returns what identifies each source, so that a run resumes with the same files under any root."""
-    entries = [_WEIGHTED.fullmatch(entry).groups() for entry in _ENTRIES.split(config.data.train)]
     return [
-        {"weight": float(weight or 1), "kind": value.partition(":")[0], **getattr(source, "fingerprint", dict)()}
-        for (weight, value), (_, source) in zip(entries, mixture, strict=True)
+        {"weight": weight, "kind": value.partition(":")[0], **getattr(source, "fingerprint", dict)()}
+        for (weight, value), (_, source) in zip(entries(config), mixture, strict=True)
     ]
 
 
@@ -147,45 +150,61 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
 
     def close(self):
         if not self._closed:
+            self._parent.maker.close()  # so that the thread that prefetches waits for nothing
             super().close()
 
 
 class _BatchIterator(grain.DatasetIterator):
     """Mixes the sources and counts their records. Its state is each source's place and the counts."""
 
-    def __init__(self, config, target, mixture, schedules, rows, identity):
+    def __init__(self, config, tokenizer, mixture, schedules, rows, identity):
         super().__init__()
-        self._config, self._target, self._rows, self._identity = config, target, rows, identity
+        self._config, self._tokenizer, self._rows, self._identity = config, tokenizer, rows, identity
+        self._mixture, self._schedules = mixture, schedules
         self._weights = [weight for weight, _ in mixture]
-        self._pool = ThreadPoolExecutor(threads(config), "flip_jax-decode")
-        prepare = functools.partial(self._pool.submit, _prepare, config=config, target=target)
-        process = identity["process_index"]
-        says_captions = target.name == "text" and not process
-        self._streams = [
-            stream.Stream(source, schedule, f"{config.seed}/{process}", prepare, 2 * threads(config), says_captions)
-            for (_, source), schedule in zip(mixture, schedules, strict=True)
-        ]
         self._bad_in_a_row, self._examples = 0, {}
         self._distinct: set[str] | None = set()  # keys, until they are as many as a batch has
         self._counts = {"read": 0, "used": 0, "bad": {}}
+        self._open([{} for _ in mixture])
+
+    def _open(self, positions):
+        """Makes the streams, each from its position on; nothing is read, and no worker started, before it is used."""
+        config, process = self._config, self._identity["process_index"]
+        opened = [source for _, source in self._mixture]
+        target = samples.make_target(config, self._tokenizer)
+        if count := worker_count(config):
+            from flip_jax.data import workers  # only a run with workers needs it
+
+            values = [value for _, value in entries(config)]
+            self.maker = workers.Workers(count, config, self._tokenizer, values, opened, self._rows)
+            opened = self.maker.sources
+        else:
+            self.maker = _Threads(config, target)
+        says_captions = target.name == "text" and not process
+        self._streams = [
+            stream.Stream(source, schedule, f"{config.seed}/{process}", self.maker, says_captions, **position)
+            for source, schedule, position in zip(opened, self._schedules, positions, strict=True)
+        ]
 
     def __next__(self):
-        rows = []
-        while len(rows) < self._rows:
-            # Read the source that is furthest behind its share: this needs no random numbers and no state of its own.
-            shares = [(one.read + 1) / weight for one, weight in zip(self._streams, self._weights, strict=True)]
-            key, sample = next(self._streams[shares.index(min(shares))])
+        keys, made = [], []
+        current, several = self._streams[0], len(self._streams) > 1
+        while len(keys) < self._rows:
+            if several:
+                # Read the source furthest behind its share: this needs no random numbers and no state of its own.
+                shares = [(one.read + 1) / weight for one, weight in zip(self._streams, self._weights, strict=True)]
+                current = self._streams[shares.index(min(shares))]
+            key, sample = next(current)
             self._counts["read"] += 1
             if isinstance(sample, str):
                 self._count_bad(key, sample)
             else:
-                rows.append((key, *sample))
+                keys.append(key)
+                made.append(sample)
                 self._counts["used"] += 1
                 self._bad_in_a_row = 0
-        keys, images, targets = zip(*rows, strict=True)
         self._warn_of_few(keys)
-        batch = {"image": np.stack(images), self._target.name: np.stack(targets)}
-        return batch | {"keys": list(keys), "counts": copy.deepcopy(self._counts)}
+        return self.maker.stack(made) | {"keys": keys, "counts": copy.deepcopy(self._counts)}
 
     def _warn_of_few(self, keys):
         """Warns once where a batch is larger than the source: it then compares images with themselves."""
@@ -220,7 +239,7 @@ class _BatchIterator(grain.DatasetIterator):
 
     def get_state(self):
         streams = [{"place": one.place, "read": one.read} for one in self._streams]
-        return copy.deepcopy(self._identity | {"streams": streams, "counts": self._counts})
+        return self._identity | {"streams": streams, "counts": copy.deepcopy(self._counts)}  # the others never change
 
     def set_state(self, state):
         # A place means the same records only in the same list of shards, dealt to the same number of processes.
@@ -236,62 +255,48 @@ class _BatchIterator(grain.DatasetIterator):
                 )
         state = copy.deepcopy(state)
         self._counts = state["counts"]
-        for one, position in zip(self._streams, state["streams"], strict=True):
-            one.go_to(**position)
+        self._stop()
+        self._open(state["streams"])
 
     def close(self):
         if not self._closed:
             super().close()
-            for one in self._streams:
-                one.close()
-            self._pool.shutdown(cancel_futures=True)
+            self._stop()
+
+    def _stop(self):
+        self.maker.close()
+        for one in self._streams:
+            one.close()
 
 
-class _Target(NamedTuple):
-    """The part of a record that an image is paired with in training."""
+class _Threads:
+    """Makes samples in threads of this process. `workers.Workers` does the same in processes."""
 
-    name: str  # its key in a batch
-    choices: Callable[[Record], list]  # what may be drawn as the target of a record; BadRecord if there is nothing
-    encode: Callable[[list], np.ndarray]  # the targets that were drawn, as an array with one row each
+    def __init__(self, config, target):
+        self._config, self._target, self.look_ahead = config, target, 2 * threads(config)
+        self._pool = ThreadPoolExecutor(threads(config), "flip_jax-decode")
 
+    def prepare(self, records):
+        """Returns the future of each record's sample, or of the kind of a bad one."""
+        return self._pool.submit(samples.prepare, records, self._config, self._target)
 
-def _make_target(config, tokenizer):
-    """Decides what an image is paired with; the batches below never ask whether a classifier is trained."""
-    classes = config.finetune.classes
+    def stack(self, made):
+        """Returns the arrays of a batch of samples."""
+        images, targets = zip(*made, strict=True)
+        return {"image": np.stack(images), self._target.name: np.stack(targets)}
 
-    def captions(record):
-        if not record["texts"]:
-            raise BadRecord("no text")
-        return record["texts"]
-
-    def labels(record):
-        if record["label"] is None:
-            raise BadRecord("no label")
-        if not 0 <= record["label"] < classes:
-            raise BadRecord("label below 0" if record["label"] < 0 else f"label above {classes - 1}")
-        return [record["label"]]
-
-    if classes:
-        return _Target("label", labels, functools.partial(np.array, dtype=np.int32))
-    return _Target("text", captions, functools.partial(tokenizer, length=config.model.text.context_length))
+    def close(self):
+        self._pool.shutdown(cancel_futures=True)
 
 
-def _prepare(records, config, target):
-    """Returns (image, target) of each record, or the kind of a bad one."""
-    samples, drawn = [], []
-    for record in records:
-        try:
-            if "bad" in record:
-                raise BadRecord(record["bad"])
-            choices = target.choices(record)
-            rng = transforms.generator(config.seed, record["epoch"], record["key"])
-            choice = rng.choice(choices)
-            samples.append(transforms.decode(record["image"], config.model.image.image_size, config.data, rng))
-            drawn.append(choice)
-        except BadRecord as error:
-            samples.append(str(error))
-    encoded = iter(target.encode(drawn))  # all at once; bad records have no row
-    return [sample if isinstance(sample, str) else (sample, next(encoded)) for sample in samples]
+def worker_count(config: Config) -> int:
+    """Returns how many worker processes read and decode; 0: threads of this process do."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
+    if config.data.workers == "auto":
+        return cores - 1 if cores > 4 else 0
+    if config.data.workers and not cores:
+        raise UserError(f"config.data.workers {config.data.workers}: worker processes need Linux; use 0, threads")
+    return int(config.data.workers)
 
 
 def threads(config):

@@ -66,8 +66,9 @@ class Shards:
     caption_names: Sequence[str] = ()  # where the texts of a record come from, for people
     at_once = 1  # items that `read` takes per call
 
-    def __init__(self, pattern: str, data: DataConfig):
-        self.paths, self.window, self.interleave = paths.expand(pattern), data.shuffle_window, data.interleave
+    def __init__(self, pattern: str | list[str], data: DataConfig):
+        self.paths = paths.expand(pattern) if isinstance(pattern, str) else pattern
+        self.window, self.interleave = data.shuffle_window, data.interleave
         self._data, self._captions = data, data.captions
         self.ignored: Counter[str] = Counter()  # what no sample is made of, by kind
         self._failed = set()  # paths that all attempts failed for: they get one attempt in later epochs
@@ -122,7 +123,7 @@ class WebDataset(Shards):
     the shards.
     """
 
-    def __init__(self, pattern: str, data: DataConfig):
+    def __init__(self, pattern: str | list[str], data: DataConfig):
         super().__init__(pattern, data)
         self.caption_names = [sources.TEXT_FILE if name == "txt" else f"JSON key {name!r}" for name in data.captions]
         self._images = [data.image.lower()] if data.image else IMAGES
@@ -185,7 +186,7 @@ class TfRecord(Shards):
     as the start of the next record is then unknown.
     """
 
-    def __init__(self, pattern: str, data: DataConfig):
+    def __init__(self, pattern: str | list[str], data: DataConfig):
         super().__init__(pattern, data)
         self.caption_names = [f"feature {name!r}" for name in data.captions]
         self._images = [data.image] if data.image else IMAGE_FIELDS

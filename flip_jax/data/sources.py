@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grain
-
 from flip_jax.config import DataConfig
 from flip_jax.data.records import CHUNK, END, Pick, Record
 from flip_jax.runtime import UserError
@@ -45,6 +43,9 @@ class Schedule:
                 f"config.data.train has {items} shards for {process_count} processes, and each needs its own: write "
                 "more shards (`flip prepare SOURCE OUT --shards=N`), or use fewer processes"
             )
+        import grain  # it imports JAX, which worker processes do not need
+
+        self._shuffle = grain.experimental.index_shuffle
         self.per_epoch = len(range(process_index, items, process_count))
         self._last, self._seed, self._index, self._count = items - 1, seed, process_index, process_count
 
@@ -52,7 +53,7 @@ class Schedule:
         epoch, j = divmod(i, self.per_epoch)
         position = j * self._count + self._index
         seed = int.from_bytes(hashlib.blake2b(f"{self._seed}/{epoch}".encode(), digest_size=4).digest())
-        return grain.experimental.index_shuffle(position, max_index=self._last, seed=seed, rounds=4), epoch
+        return self._shuffle(position, max_index=self._last, seed=seed, rounds=4), epoch
 
 
 def open_source(source: str, data: DataConfig, key: str = "source") -> Any:
@@ -61,12 +62,16 @@ def open_source(source: str, data: DataConfig, key: str = "source") -> Any:
     if kind not in KINDS or not rest:
         raise UserError(f'{key} must be "KIND:REST" with KIND one of {", ".join(KINDS)}; got {source!r}')
     rest = os.path.expanduser(rest)  # the shell expands "~" only at the start of a word
-    module, _, name = KINDS[kind].partition(":")
-    open_kind = getattr(importlib.import_module(module), name)
     try:
-        return open_kind(rest, data)
+        return class_of(kind)(rest, data)
     except (UserError, OSError) as error:  # OSError: the system or the store refuses a path of the source
         raise UserError(f"{key} {source!r}: {error}") from error
+
+
+def class_of(kind: str) -> Any:
+    """Imports the class of one of `KINDS`."""
+    module, _, name = KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def caption_name(source: Any, record: Record) -> str:

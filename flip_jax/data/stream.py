@@ -9,7 +9,7 @@ from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
-SLICE = 16  # records that a thread decodes at a time
+SLICE = 32  # records that a thread decodes at a time
 NONE_AMONG = 100  # records of which none can be used, at the start of a run
 
 
@@ -18,22 +18,23 @@ class Stream:
 
     Records are shuffled in windows. A window can be read again from where it began, and its shuffle depends on its
     number alone, so the whole state is `place`: where the window in use began ("places", one per shard that is being
-    read), its number ("window"), and how many of its records are used up ("position").
+    read), its number ("window"), and how many of its records are used up ("position"). `read` counts all records.
     """
 
-    def __init__(self, source, schedule, seed, prepare, look_ahead, says_captions):
-        self._source, self._schedule, self._seed = source, schedule, seed
-        self._prepare, self._look_ahead = prepare, look_ahead
+    def __init__(self, source, schedule, seed, maker, says_captions, place=None, read=0):
+        self._source, self._schedule, self._seed, self._maker = source, schedule, seed, maker
         self._readable, self._says = False, says_captions
         places = [[i, 0] for i in range(min(source.interleave, schedule.per_epoch))]
-        self.go_to({"places": places, "window": 0, "position": 0}, 0)
+        self._begin = place or {"places": places, "window": 0, "position": 0}
+        self._position, self.read = self._begin["position"], read
+        self._samples = self._decoded(self._begin)
 
-    def go_to(self, place, read):
-        """Continues from a saved place, at which `read` records had been read."""
-        self.place, self.read, self._samples = place, read, self._decoded(place)
+    @property
+    def place(self):
+        return self._begin | {"position": self._position}
 
     def __next__(self):
-        self.place, key, sample = next(self._samples)
+        self._begin, self._position, key, sample = next(self._samples)
         self.read += 1
         return key, sample
 
@@ -41,17 +42,17 @@ class Stream:
         self._samples.close()
 
     def _decoded(self, place):
-        """Yields (place after it, key, sample or kind of bad record) of each record from a place on.
+        """Yields (place of its slice, position after it, key, sample or kind of bad record) of each record.
 
         Slices are decoded in parallel and used in order, so threads change neither the order nor the pixels.
         """
         ahead = collections.deque()
         for begin, records in self._slices(**place):
-            ahead.append((begin, records, self._prepare(records)))
-            if len(ahead) > self._look_ahead:
+            ahead.append((begin, records, self._maker.prepare(records)))
+            if len(ahead) > self._maker.look_ahead:
                 begin, records, future = ahead.popleft()
                 for i, (record, sample) in enumerate(zip(records, future.result(), strict=True), begin["position"] + 1):
-                    yield begin | {"position": i}, record["key"], sample
+                    yield begin, i, record["key"], sample
 
     def _slices(self, places, window, position):
         """Yields (place, records) of each slice from a place on."""

@@ -11,11 +11,12 @@ open_clip loads. Each has a model card.
 import argparse
 import dataclasses
 import logging
+import os
 import pathlib
 
 import jax
 
-from flip_jax import checkpoint, config_check, runtime, saved_config, weights
+from flip_jax import checkpoint, config_check, lock, runtime, saved_config, weights
 from flip_jax.config import Config, DataConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
@@ -99,6 +100,12 @@ def main(arguments: argparse.Namespace) -> None:
     """Run one conversion and print what it wrote."""
     logging.getLogger().setLevel(logging.ERROR)
     source, out = arguments.source, arguments.out
+    with lock.hold(f"{os.path.normpath(out)}.lock", f"OUT {out!r}"):
+        _convert(arguments, source, out)
+    print(f"{source} -> {out}")
+
+
+def _convert(arguments, source, out):
     if arguments.conversion == "official":
         if not arguments.config:
             raise UserError("official needs --config, the recipe that the checkpoint was trained with")
@@ -110,4 +117,3 @@ def main(arguments: argparse.Namespace) -> None:
         from_open_clip(source, out, arguments.open_clip_config, arguments.vocab, arguments.activation)
     else:
         to_open_clip(source, out)
-    print(f"{source} -> {out}")

@@ -26,7 +26,7 @@ from PIL import Image
 from flip_jax import inference, masking, runtime, untrusted
 from flip_jax.data import transforms
 from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, Pick, Record, sample
-from flip_jax.evaluators import zeroshot
+from flip_jax.evaluators import snapshot, zeroshot
 from flip_jax.runtime import UserError
 from flip_jax.tools import embed, options, search
 from flip_jax.tools import index as index_lib
@@ -219,7 +219,7 @@ class Demo:
             # One ratio for each number of patches, in the middle of those that leave it: each is compiled.
             tower = dataclasses.replace(tower, mask_ratio=max(0.0, 1 - (tower.visible_patches + 0.5) / grid**2))
         patch_1xKxP, position_1xK = jax.device_get(_masker(tower)(jax.random.key(seed), image_SxSx3[None]))
-        kept = masking.unpatchify(patch_1xKxP[0], None if position_1xK is None else position_1xK[0], grid)
+        kept = snapshot.unpatchify(patch_1xKxP[0], None if position_1xK is None else position_1xK[0], grid)
         return {
             "whole": _data_url(image_SxSx3, "PNG"),
             "kept": _data_url(kept, "PNG"),

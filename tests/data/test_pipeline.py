@@ -25,7 +25,14 @@ MODEL = ModelConfig(image=ImageConfig(image_size=16, patch_size=8), text=TextCon
 
 
 def config(pattern, rows=8, **data):
-    data = {"shuffle_window": 70, "interleave": 3, "threads": 2, "train": f"webdataset:{pattern}", **data}
+    data = {
+        "shuffle_window": 70,
+        "interleave": 3,
+        "workers": 0,
+        "threads": 2,
+        "train": f"webdataset:{pattern}",
+        **data,
+    }
     return Config(
         seed=7, global_batch_size=rows, model=MODEL, data=DataConfig(**data), eval=EvalConfig(batch_size=rows)
     )
