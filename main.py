@@ -13,11 +13,10 @@ import sys
 
 from flip_jax import runtime
 
-try:
-    from flip_jax import config_check, train
-except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    runtime.leave(130)
+if __name__ == "__main__":
+    runtime.Interrupts().__enter__()
+
+from flip_jax import config_check, train
 
 TRY = "To try a recipe on this machine, on emoji that are drawn at first use: python main.py --config={}:runlocal"
 NO_DATA = (
@@ -43,7 +42,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     return own, [f"--config={recipe}" for recipe in own.config or ()] + settings
 
 
-def main(own: argparse.Namespace, settings: list[str]) -> None:
+def main(own: argparse.Namespace, settings: list[str]) -> int:
     faulthandler.enable()
     # Libraries install a handler of their own when they are imported, which this one replaces.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
@@ -64,12 +63,14 @@ def main(own: argparse.Namespace, settings: list[str]) -> None:
     runtime.enable_compile_cache()
     runtime.start_distributed(own)
     runtime.say(f"{path}{':' if variants else ''}{variants} -> {workdir}")
-    train.train(config, workdir, STARTED)
+    if code := train.train(config, workdir, STARTED):
+        return code
     if "runlocal" in variants.split(",") and runtime.is_alone():
         from flip_jax.tools import report
 
         report.local(workdir, config_check.read_recipe([f"--config={path}"]))
+    return 0
 
 
 if __name__ == "__main__":
-    runtime.leave(runtime.run(lambda: main(*arguments())))
+    sys.exit(runtime.run(lambda: main(*arguments())))

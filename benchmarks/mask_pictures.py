@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from flip_jax import masking
+from flip_jax.evaluators import snapshot
 from flip_jax.tools import drawing
 
 SIZE, PATCH, KEEP = 224, 16, 49
@@ -35,7 +36,7 @@ def draw(out: str) -> None:
     for name, strategy in masking.STRATEGIES.items():
         position_1xK = strategy(jax.random.key(1), patch_1xLxP, KEEP)
         patch_KxP = np.asarray(masking.gather(patch_1xLxP, position_1xK)[0])
-        shown[name] = masking.unpatchify(patch_KxP, np.asarray(position_1xK[0]), SIZE // PATCH)
+        shown[name] = snapshot.unpatchify(patch_KxP, np.asarray(position_1xK[0]), SIZE // PATCH)
     margin = [(SIZE // 4, SIZE // 4)] * 2 + [(0, 0)]
     shown["resize"] = np.pad(masking.resize(image[None], SIZE // 2)[0], margin, constant_values=255)
     tiles = list(shown.items())

@@ -1,6 +1,6 @@
 """Run open_clip's side of step_time.py in its own environment: its CLIP with patch dropout, its loss, and AdamW.
 
-usage: python -m benchmarks.open_clip_step JSON        (what own_step.py reports about itself)
+usage: python -m benchmarks.open_clip_step JSON MASK,MASK...        (JSON: what own_step.py reports about itself)
 
 It uses f32 on CPUs; elsewhere bf16 by autocast, torch.compile and fused AdamW, as open_clip's training does with
 --precision=amp_bf16 --torchcompile.
@@ -19,7 +19,7 @@ from open_clip.loss import ClipLoss  # noqa: E402
 from open_clip.model import CLIP  # noqa: E402
 
 
-def main(about: str) -> None:
+def main(about: str, masks: str) -> None:
     about = json.loads(about)
     image, text, batch, on_cpu = (
         *(about["model"][name] for name in ("image", "text")),
@@ -69,7 +69,7 @@ def main(about: str) -> None:
         return run
 
     version = f"open_clip {open_clip.__version__}, torch {torch.__version__}"
-    programs = {ratio: stepper(float(ratio)) for ratio in about["sample_flops"]}
+    programs = {mask: stepper(float(mask)) for mask in masks.split(",")}
     if on_cpu:
         square = torch.ones(turns.PRODUCT, turns.PRODUCT)
         programs["product"] = lambda times: [square @ square for _ in range(times)]

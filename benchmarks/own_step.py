@@ -1,13 +1,17 @@
 """Run flip_jax's side of step_time.py. It imports only what a train step needs, no recipes and no input pipeline.
 
-usage: python -m benchmarks.own_step MODEL BATCH ATTENTION
+usage: python -m benchmarks.own_step MODEL BATCH SETTING MASK,MASK...
 
-BATCH 0 is 32 on CPUs, elsewhere the largest that fits; ATTENTION "" is cuDNN's on GPUs, elsewhere XLA's.
+BATCH 0 is 32 on CPUs, elsewhere the largest that fits. SETTING is empty or one KEY=VALUE of ModelConfig: attention,
+whose default is cuDNN's on GPUs, remat, or unroll, whose default is True on CPUs.
 """
 
+import ast
 import dataclasses
 import os
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +23,13 @@ from flip_jax import memory, metrics, models, runtime, sharding, train_step
 from flip_jax.config import Config, ImageConfig, ModelConfig, TextConfig
 
 RATIOS = (0.0, 0.5, 0.75)
-# The sizes of configs/flip_b16.py and flip_l16.py, and one that CPUs can train.
+# The sizes of configs/flip_b16.py and flip_l16.py, one that CPUs can train, and one to rehearse a call with.
 MODELS = {
+    "tiny": ModelConfig(
+        image=ImageConfig(image_size=64, width=64, depth=2, heads=2),
+        text=TextConfig(context_length=8, width=32, depth=2, heads=2),
+        embed_dim=32,
+    ),
     "vit_s16": ModelConfig(
         image=ImageConfig(width=384, depth=12, heads=6), text=TextConfig(width=256, depth=4, heads=4), embed_dim=384
     ),
@@ -51,7 +60,13 @@ def largest(peaks: tuple[int, int], limit: float) -> int:
 def largest_batch(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
     """Return the largest batch that fits without masking and leaves a tenth of the memory free."""
     limit = (1 - memory.SPARE) * jax.local_devices()[0].memory_stats()["bytes_limit"]
-    return largest(tuple(memory.peak_bytes(compiled(model, batch, 0.0, mesh)[1]) for batch in PROBES), limit)
+    return largest(in_parallel(lambda batch: memory.peak_bytes(compiled(model, batch, 0.0, mesh)[1]), PROBES), limit)
+
+
+def in_parallel(function: Callable, values: Iterable) -> tuple:
+    """Return the results of `function` for `values`, one thread each, because XLA compiles on one core for long."""
+    with ThreadPoolExecutor() as threads:
+        return tuple(threads.map(function, values))
 
 
 def configuration(model: ModelConfig, batch: int, ratio: float) -> Config:
@@ -63,27 +78,33 @@ def configuration(model: ModelConfig, batch: int, ratio: float) -> Config:
 def compiled(model: ModelConfig, batch: int, ratio: float, mesh: jax.sharding.Mesh):
     """Return the program of a run with the mask ratio, and its compiled step."""
     config = configuration(model, batch, ratio)
-    program = train_step.make_program(config, mesh)
+    with jax.set_mesh(mesh):
+        program = train_step.make_program(config, mesh)
     return program, memory.lower(program, config, mesh).compile()
 
 
-def main(name: str, batch: str, attention: str) -> None:
+def settings(name: str, change: str) -> ModelConfig:
+    """Return a model of MODELS with the defaults of this device and one KEY=VALUE changed."""
+    backend = jax.default_backend()
+    defaults = {"unroll": backend == "cpu", "attention": "cudnn" if backend == "gpu" else "xla"}
+    key, _, value = change.partition("=")
+    changed = {key: ast.literal_eval(value) if value in ("True", "False") else value} if change else {}
+    dtype = "float32" if backend == "cpu" else "bfloat16"
+    return dataclasses.replace(MODELS[name], dtype=dtype, **defaults | changed)
+
+
+def main(name: str, batch: str, change: str, masks: str) -> None:
     runtime.enable_compile_cache()
     on_cpu, mesh = jax.default_backend() == "cpu", sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
-    model = dataclasses.replace(
-        MODELS[name],
-        dtype="float32" if on_cpu else "bfloat16",
-        unroll=on_cpu,
-        attention=attention or ("cudnn" if jax.default_backend() == "gpu" else "xla"),
-    )
+    model, ratios = settings(name, change), [float(mask) for mask in masks.split(",")]
     with jax.set_mesh(mesh):
         size = int(batch) or (32 if on_cpu else largest_batch(model, mesh))
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (size, model.image.image_size, model.image.image_size, 3), np.uint8)
         text = rng.integers(1, 30_000, (size, model.text.context_length), np.int32)
         image, text = sharding.to_devices(mesh, image, text)
-        built = {ratio: compiled(model, size, ratio, mesh) for ratio in RATIOS}
-        state = built[0.0][0].init()  # masking does not change it, so all programs share one state
+        built = dict(zip(ratios, in_parallel(lambda ratio: compiled(model, size, ratio, mesh), ratios), strict=True))
+        state = built[ratios[0]][0].init()  # masking does not change it, so all programs share one state
 
         def stepper(step):
             def run(times: int) -> None:
@@ -103,7 +124,6 @@ def main(name: str, batch: str, attention: str) -> None:
             "version": f"jax {jax.__version__}",
             "device": device(),
             "dtype": model.dtype,
-            "attention": model.attention,
             "batch": size,
             "sample_flops": {
                 str(ratio): models.flops_per_sample(configuration(model, size, ratio)) for ratio in RATIOS

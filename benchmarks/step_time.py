@@ -1,11 +1,20 @@
-"""Measure images per second and MFU of the train step at mask 0, 0.5 and 0.75 and one batch, next to open_clip's.
+"""Measure images per second and MFU of the train step at mask 0, 0.5 and 0.75, next to open_clip's.
 
-usage: python -m benchmarks.step_time [--models=flip_l16,flip_b16] [--peer_python=PYTHON]
+usage: python -m benchmarks.step_time [--models=flip_l16,flip_b16] [--peer_python=PYTHON] [--shards=SHARDS]
 
 PYTHON is the Python of an environment with open_clip. The data are already on the device. Both sides run the same
-sizes, each in its own process. On a CPU all programs take turns, round after round; on an accelerator, whose memory
-holds only one process, the masks take turns in one process after the other. Each row is a line of --results, of which
-the last one counts; --rounds=0 only draws them. Whatever is not measured after --seconds is skipped.
+sizes, each in its own process. On a CPU all programs take turns, round after round. On an accelerator, whose memory
+holds only one process, `plan` lists the measurements, the most telling ones first: each model at its defaults, next to
+open_clip, then with one setting changed. With SHARDS, benchmarks/input_pipeline.py has the last minute. Each row is a
+line of --results as soon as it is measured, and the last one of a row counts; --rounds=0 only draws them. Whatever is
+not measured after --seconds is skipped.
+
+A machine without a package index needs these as wheels (`pip download --no-deps -d wheels NAME...` elsewhere, then
+`pip install --no-index --no-deps wheels/*.whl`). Those before the semicolons usually come with an image for CUDA:
+  the step: jax with its CUDA plugin, flax, optax, etils, absl-py, matplotlib, tqdm;
+  open_clip: torch, torchvision, timm, regex, huggingface_hub, safetensors; open_clip_torch, ftfy, wcwidth
+  the input: fsspec, orbax-checkpoint, tensorstore, tokenizers, pillow; grain, array_record, ftfy, wcwidth, simplejpeg,
+    cykooz-resizer, google-crc32c, portpicker
 """
 
 import argparse
@@ -15,6 +24,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +32,8 @@ from tqdm import tqdm
 
 from benchmarks import pages, turns
 
-KEYS = ("device", "model", "batch", "framework", "attention", "mask")  # what a row is known by
+KEYS = ("device", "model", "batch", "framework", "setting", "mask")  # what a row is known by
+INPUT_SECONDS = 60  # kept for the input pipeline
 OFFICIAL = ("2 CPU cores", "vit_s16", 32)  # device, model and batch of what OFFICIAL_NOTE compares with
 HEADER = """# Lab notes on performance
 
@@ -49,33 +60,62 @@ speed. Compare these ratios, not images/s, because the speed of these machines d
 """
 
 
-def summarise(times: dict[tuple[str, str], list[float]], about: dict) -> list[dict]:
-    """Return a row for each framework and mask that was measured.
+class Case(NamedTuple):
+    """Programs that take turns: those of `sides`, each (framework, changed setting of flip_jax), at each of `masks`."""
 
-    `times` has the seconds of each round by (framework, mask), and those of a matrix product under "product".
-    """
+    model: str
+    sides: tuple[tuple[str, str], ...]
+    masks: tuple[float, ...]
+
+
+class Measured(NamedTuple):
+    """What a side of a model reports about itself, and the seconds of its rounds by mask, and by "product"."""
+
+    about: dict
+    times: dict[str, list[float]]
+
+
+def plan(models: list[str], backend: str) -> list[Case]:
+    """List what is measured, in order."""
+    own, peer = ("flip_jax", ""), ("open_clip", "")
+    if backend == "cpu":
+        return [Case(model, (own, peer), (0.0, 0.5, 0.75)) for model in models]
+    first = [[Case(model, (own,), (0.0, 0.5, 0.75)), Case(model, (peer,), (0.5,))] for model in models]
+    changes = ["remat=dots", "attention=xla", "unroll=True"] if backend == "gpu" else ["remat=dots", "unroll=True"]
+    changed = [[Case(model, (("flip_jax", change),), (0.5,)) for change in changes] for model in models]
+    last = [[Case(model, (peer,), (mask,)) for mask in (0.0, 0.75)] for model in models]
+    return sum(first + changed + last, [])
+
+
+def summarise(model: str, sides: dict[tuple[str, str], Measured]) -> list[dict]:
+    """Return a row for each framework, setting and mask of a model that was measured."""
     products = {  # FLOP/s
-        framework: about["product_flops"] / float(np.median(seconds))
-        for (framework, mask), seconds in times.items()
-        if mask == "product" and seconds
+        side: about["product_flops"] / float(np.median(times["product"]))
+        for side, (about, times) in sides.items()
+        if times.get("product")
     }
-    peak = about["peak_flops"] or products["flip_jax"]
     rows = []
-    for (framework, mask), seconds in times.items():
-        if mask == "product" or not seconds:
-            continue
-        rate = about["batch"] / float(np.median(seconds))
-        row = {key: about[key] for key in ("device", "dtype", "model", "batch")}
-        if framework in products:
-            row["product_tflops"] = products[framework] / 1e12
-        row |= {"framework": framework, "attention": about["attention"] if framework == "flip_jax" else ""}
-        row |= {"mask": float(mask), "rounds": len(seconds)}
-        row |= {"seconds": float(np.median(seconds)), "fastest": min(seconds), "slowest": max(seconds)}
-        row |= {"images_per_second": rate, "mfu": rate * about["sample_flops"][mask] / peak, "peak_tflops": peak / 1e12}
-        row["flops_of_unmasked"] = about["sample_flops"][mask] / about["sample_flops"]["0.0"]
-        row["time_of_unmasked"] = ratio(seconds, times.get((framework, "0.0")))
-        row["speed_of_open_clip"] = ratio(times.get(("open_clip", mask)), seconds) if framework == "flip_jax" else None
-        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    for side, (about, times) in sides.items():
+        peak = about["peak_flops"] or products["flip_jax", ""]
+        for mask, seconds in times.items():
+            if mask == "product" or not seconds:
+                continue
+            rate = about["batch"] / float(np.median(seconds))
+            row = {key: about[key] for key in ("device", "dtype")} | {"model": model, "batch": about["batch"]}
+            if side in products:
+                row["product_tflops"] = products[side] / 1e12
+            row |= {"framework": side[0], "setting": side[1], "mask": float(mask), "rounds": len(seconds)}
+            row |= {"seconds": float(np.median(seconds)), "fastest": min(seconds), "slowest": max(seconds)}
+            row |= {"images_per_second": rate, "mfu": rate * about["sample_flops"][mask] / peak}
+            row |= {"peak_tflops": peak / 1e12}
+            row["flops_of_unmasked"] = about["sample_flops"][mask] / about["sample_flops"]["0.0"]
+            row["time_of_unmasked"] = ratio(seconds, times.get("0.0"))
+            peer = sides.get(("open_clip", ""))
+            if side[0] == "flip_jax" and peer and (speed := ratio(peer.times.get(mask), seconds)):
+                row["speed_of_open_clip"] = speed * about["batch"] / peer.about["batch"]
+            else:
+                row["speed_of_open_clip"] = None
+            rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
     return rows
 
 
@@ -85,37 +125,33 @@ def ratio(above: list[float] | None, below: list[float] | None) -> float | None:
 
 
 def measure(
-    own: list[str], peer_python: str | None, rounds: int, times: dict[tuple[str, str], list[float]], about: dict
+    case: Case, batch: int, peer_python: str | None, rounds: int, sides: dict[tuple[str, str], Measured]
 ) -> None:
-    """Fill `times` and `about` for `summarise`; their content is usable even if an exception ends this early.
+    """Add to `sides`, those of the case's model, for `summarise`; they are usable even if an exception ends this early.
 
-    `own` are the arguments of own_step.py.
+    open_clip gets the sizes and the batch that flip_jax's side at its defaults reports.
     """
     workers = {}
+    masks = ",".join(str(mask) for mask in case.masks)
     try:
-        workers["flip_jax"] = turns.Worker([sys.executable, "-m", "benchmarks.own_step", *own])
-        found = workers["flip_jax"].about
-        about |= found | {"model": own[0]}
-        peer = [peer_python, "-m", "benchmarks.open_clip_step", json.dumps(found)]
-        together = "product" in found["programs"]
-        if peer_python and together:
-            workers["open_clip"] = turns.Worker(peer)
-        take_turns(workers, rounds, times)
-        if peer_python and not together:
-            workers.pop("flip_jax").close()
-            workers["open_clip"] = turns.Worker(peer)
-            take_turns(workers, rounds, times)
+        for side in case.sides:
+            framework, change = side
+            about = sides["flip_jax", ""].about if ("flip_jax", "") in sides else {}
+            if framework == "flip_jax":
+                command = [sys.executable, "-m", "benchmarks.own_step", case.model, str(batch), change, masks]
+            elif peer_python and about:
+                command = [peer_python, "-m", "benchmarks.open_clip_step", json.dumps(about), masks]
+            else:
+                continue
+            workers[side] = turns.Worker(command)
+            sides.setdefault(side, Measured(about | workers[side].about, {}))
+        for _ in tqdm(range(rounds), desc=f"{case.model}: {' and '.join(map(' '.join, workers))}"):
+            for side, worker in workers.items():
+                for name in worker.about["programs"]:
+                    sides[side].times.setdefault(name, []).append(worker.seconds(name))
     finally:
         for worker in workers.values():
             worker.close()
-
-
-def take_turns(workers: dict[str, turns.Worker], rounds: int, times: dict[tuple[str, str], list[float]]) -> None:
-    """Run every program of every worker once per round."""
-    for _ in tqdm(range(rounds), desc=" and ".join(workers)):
-        for framework, worker in workers.items():
-            for name in worker.about["programs"]:
-                times.setdefault((framework, name), []).append(worker.seconds(name))
 
 
 def newest(lines: list[dict]) -> list[dict]:
@@ -139,7 +175,7 @@ def write_table(lines: list[dict], path: pathlib.Path) -> None:
 
 def name(line: dict) -> str:
     """Return the label of a row."""
-    return line["framework"] + (", cuDNN" if line["attention"] == "cudnn" else "")
+    return ", ".join(filter(None, (line["framework"], line["setting"])))
 
 
 def draw(lines: list[dict], path: pathlib.Path) -> None:
@@ -183,9 +219,9 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=0, help="rows of a batch (0: 32 on CPUs, else the largest power of two that fits)"
     )
-    parser.add_argument("--attention", choices=("xla", "cudnn"), default="", help="flip_jax's (default: cudnn on GPUs)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer_python", help="Python of an environment with open_clip")
+    parser.add_argument("--shards", help="tars for benchmarks/input_pipeline.py")
     parser.add_argument("--seconds", type=int, default=570, help="stop after this time")
     parser.add_argument("--results", type=pathlib.Path, default="docs/step_time.jsonl", help="one line per row")
     parser.add_argument("--table", type=pathlib.Path, default="docs/notes/performance.md", help="the page to write")
@@ -193,32 +229,39 @@ def main() -> None:
     arguments = parser.parse_args()
     plt.switch_backend("agg")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    names = arguments.models.split(",") if arguments.models else default_models()
+    backend = default_backend()
+    names = arguments.models or ("vit_s16" if backend == "cpu" else "flip_l16,flip_b16")
+    sides: dict[str, dict] = {name: {} for name in names.split(",")}
+    written: list[dict] = []
     signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(arguments.seconds)
+    signal.alarm(arguments.seconds - (INPUT_SECONDS if arguments.shards else 0))
     try:
-        for model in names if arguments.rounds else ():
-            times, about = {}, {}
+        for case in plan(list(sides), backend) if arguments.rounds else ():
+            own = sides[case.model]
             try:
-                own = [model, str(arguments.batch), arguments.attention]
-                measure(own, arguments.peer_python, arguments.rounds, times, about)
+                measure(case, arguments.batch, arguments.peer_python, arguments.rounds, own)
+            except RuntimeError as error:  # what one process cannot do must not cost the rows of the others
+                print(error, file=sys.stderr)
             finally:
-                rows = summarise(times, about) if times else []
+                rows = [row for row in summarise(case.model, own) if row not in written]
+                written += rows
                 pages.append(arguments.results, rows)
                 print("".join(json.dumps(row) + "\n" for row in rows), end="", flush=True)
     except TimeoutError:
         print(f"--seconds={arguments.seconds} have passed: the rest is skipped", file=sys.stderr)
     signal.alarm(0)
+    if arguments.shards:
+        command = [sys.executable, "-m", "benchmarks.input_pipeline", arguments.shards, "--rounds=1", "--seconds=5"]
+        subprocess.run(command, cwd=turns.ROOT, timeout=INPUT_SECONDS)
     lines = newest(pages.read(arguments.results))
     write_table(lines, arguments.table)
     draw(lines, arguments.chart)
 
 
-def default_models() -> list[str]:
-    """Return the models for this machine's device; another process looks, so that this one holds none of its memory."""
+def default_backend() -> str:
+    """Return JAX's backend; another process looks, so that this one holds none of the device's memory."""
     look = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    on_cpu = subprocess.run(look, stdout=subprocess.PIPE, check=True, text=True).stdout.split()[-1] == "cpu"
-    return ["vit_s16"] if on_cpu else ["flip_l16", "flip_b16"]
+    return subprocess.run(look, stdout=subprocess.PIPE, check=True, text=True).stdout.split()[-1]
 
 
 if __name__ == "__main__":

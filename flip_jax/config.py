@@ -74,7 +74,9 @@ class ModelConfig:
     loss: str = "info_nce"  # or "sigmoid" (SigLIP), with a learned bias
     dtype: str = "bfloat16"
     remat: str = "none"  # or "dots", "names", "full", each of which keeps less; "auto": the first that fits
-    attention: str = "xla"  # or "cudnn": cuDNN's, on NVIDIA GPUs where attention has no mask (padding, causal)
+    # "auto": XLA's, on TPUs for as many rows at a time as fit into on-chip memory; "xla": for all rows at once; or
+    # "cudnn": cuDNN's, on NVIDIA GPUs where attention has no mask (padding, causal).
+    attention: str = "auto"
     unroll: bool = False  # layers unrolled instead of a loop: longer to compile, faster on CPUs
 
 
@@ -134,6 +136,7 @@ class DataConfig:
         "captions/text",
     )  # the first found; "txt" is also the text file of a webdataset
     image: str = ""  # column or feature that holds the images; empty: a usual name
+    allow_urls: bool = False  # a local CSV or Parquet file of your own may name images by URLs
     allow_parent_paths: bool = False  # the paths in a CSV or Parquet file of your own may hold ".."
     shuffle_window: int = 10_000  # records that are held, still encoded, and shuffled
     interleave: int = 8  # shards read in parallel
@@ -183,10 +186,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every `every_steps` (0: only at the end and on SIGTERM) and keep the newest `keep`."""
+    """Save every `every_steps` (0: only at the end and on SIGTERM) and keep the newest `keep`.
+
+    A run whose newest checkpoint is damaged resumes from the one before; with `strict` it stops instead.
+    """
 
     every_steps: int = 1000
     keep: int = 3
+    strict: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,22 +16,6 @@ from flip_jax.runtime import UserError
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Settings that may differ between the run that wrote a checkpoint and the one that resumes it.
-RESUMABLE_CHANGES = (
-    "mesh.",
-    "microbatches",
-    "model.remat",
-    "eval.",
-    "checkpoint.",
-    "log.",
-    "data.tfds_dir",
-    "data.threads",
-    "data.workers",
-    "data.max_bad_fraction",
-    "init_from",
-    "profile",
-)
-
 
 def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
     """Turns a ConfigDict (or a nested mapping) into a checked `Config`.
@@ -99,33 +83,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# What a checkpoint of an earlier version calls a setting, and its name today.
-RENAMED = {"model.temperature": "model.init_logit_scale"}
-OLD_CAPTIONS = ["caption", "captions", "title", "text", "captions/text", "txt"]  # the default of earlier versions
-
-
-def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames the settings of an older checkpoint to their names of today."""
-    current = {RENAMED.get(key, key): value for key, value in flat.items()}
-    if flat.get("data.captions") == OLD_CAPTIONS:
-        current["data.captions"] = list(Config().data.captions)
-    if "model.temperature" in flat:  # values outside of today's range meant its bounds, to which the loss clips
-        current["model.init_logit_scale"] = min(max(flat["model.temperature"], 1.0), 100.0)
-    return current
-
-
-def from_flat(flat: Mapping[str, Any]) -> Config:
-    """Undoes `flatten`; `flat` may be from an earlier version."""
-    nested: dict[str, Any] = {}
-    for key, value in current_names(flat).items():
-        *groups, leaf = key.split(".")
-        node = nested
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = value
-    return from_config_dict(nested)
-
-
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise UserError(f"config.{prefix[:-1]} is a group of settings, got {values!r}")
@@ -170,7 +127,7 @@ _CHOICES = {
     "model.text.pool": ("first", "mean", "last"),
     "model.activation": ("gelu_tanh", "gelu", "quick_gelu"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn"),
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
@@ -199,6 +156,20 @@ _AT_LEAST_ZERO = (
     "finetune.classes",
 )
 
+# Sizes that only a damaged or hostile file has; arrays of them would fill the memory.
+_AT_MOST = {
+    "image_size": 2**13,
+    "width": 2**15,
+    "depth": 2**10,
+    "embed_dim": 2**15,
+    "vocab_size": 2**24,
+    "context_length": 2**16,
+    "batch_size": 2**20,
+    "threads": 2**10,
+    "classes": 2**24,
+}
+_MAX_PATCHES = 2**16
+
 
 def _check(config: Config) -> None:
     flat, image, text, data = flatten(config), config.model.image, config.model.text, config.data
@@ -206,6 +177,9 @@ def _check(config: Config) -> None:
         if flat[key] not in allowed:
             raise UserError(f"config.{key} must be one of {', '.join(allowed)}; got {flat[key]!r}")
     for key, value in flat.items():
+        most = _AT_MOST.get(key.rpartition(".")[2])
+        if most and type(value) is int and value > most:
+            raise UserError(f"config.{key} must be at most {most}, got {value}")
         least = 0 if key in _AT_LEAST_ZERO else 1
         if type(value) is int and key != "seed" and value < least:
             raise UserError(f"config.{key} must be at least {least}, got {value}")
@@ -216,6 +190,11 @@ def _check(config: Config) -> None:
         raise UserError(
             f"config.model.image.image_size {image.image_size} does not divide by patch_size {image.patch_size}; "
             f"the nearest size that does is {round(image.image_size / image.patch_size) * image.patch_size}"
+        )
+    if (patches := (image.image_size // image.patch_size) ** 2) > _MAX_PATCHES:
+        raise UserError(
+            f"config.model.image: {patches} patches of {image.patch_size} px are more than {_MAX_PATCHES}; raise "
+            "patch_size or lower image_size"
         )
     masking.check(image, text)
     if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
@@ -315,23 +294,10 @@ def read_recipe(arguments: Sequence[str]) -> Config:
     try:
         rest = values(argv)[1:]
         values.config.lock()  # a recipe that could not be read raises at its first use
-    except flags.Error as error:
-        if isinstance(error, flags.UnrecognizedFlagError):
-            raise UserError(f"--{error.flagname} is unknown; {_did_you_mean().option(error.flagname)}") from error
-        if "Error whilst parsing config file" not in str(error):
-            raise UserError(str(error)) from error
-        # ml_collections raises it again with the text of the trace; a refusal is one message, a bug keeps its trace.
-        cause: BaseException | None = error
-        while cause and not (type(cause) is UserError and "Traceback" not in str(cause)):
-            cause = cause.__cause__ or cause.__context__
-        if not cause:
+    except (flags.Error, KeyError, AttributeError) as error:
+        if not (reason := _did_you_mean().reason(error, keys)):
             raise
-        raise UserError(str(cause)) from None
-    except (KeyError, AttributeError) as error:
-        reason = next(filter(None, (unknown(key.removeprefix("config.")) for key in keys if "." in key)), None)
-        if not reason:
-            raise
-        raise UserError(reason) from error
+        raise UserError(reason) from None
     if rest:
         raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks, braces or a glob needs quotes")
     return from_config_dict(values.config)

@@ -3,9 +3,14 @@
 import difflib
 import glob
 import os
+from collections.abc import Sequence
 
+from absl import flags
+
+from flip_jax import config_check
 from flip_jax.config import Config
 from flip_jax.config_check import flatten
+from flip_jax.runtime import UserError
 
 # Word -> the setting, "" where there is none, and how the value translates.
 SETTINGS: dict[str, tuple[str, str]] = {
@@ -73,6 +78,22 @@ def option(name: str) -> str:
     options = {option: f"--{option}" for option in ("workdir", "distributed", "coordinator")}
     near = difflib.get_close_matches(name.replace("-", "_"), [*options, *settings], n=1)
     return f"did you mean {(settings | options)[near[0]]}?" if near else "settings are given as --config.KEY=VALUE"
+
+
+def reason(error: Exception, keys: Sequence[str]) -> str | None:
+    """Returns what is wrong with a command line whose settings `keys` ml_collections refused; None if it is a bug."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"--{error.flagname} is unknown; {option(error.flagname)}"
+    if not isinstance(error, flags.Error):
+        found = (config_check.unknown(key.removeprefix("config.")) for key in keys if "." in key)
+        return next(filter(None, found), None)
+    if "Error whilst parsing config file" not in str(error):
+        return str(error)
+    # ml_collections raises it again with the text of the trace; a refusal is one message.
+    cause: BaseException | None = error
+    while cause and not (type(cause) is UserError and "Traceback" not in str(cause)):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause) if cause else None
 
 
 def recipes() -> dict[str, str]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from flip_jax import checkpoint, masking, models, sharding
+from flip_jax import checkpoint, masking, models, saved_config, sharding, weights
 from flip_jax.config import Config, MeshConfig
 from flip_jax.data import transforms
 from flip_jax.data.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def _encode_views(model: FLIP, image_BxHxWx3: jax.Array, mask: str, seed: int) -
     """Averages the embeddings of random parts of an image, of one or of as many as cover it, and normalises."""
     config = model.config.image
     patch_BxLxP = masking.patchify(image_BxHxWx3, config.patch_size)
-    views_VxBxK = masking.views(jax.random.key(seed), patch_BxLxP, config.visible_patches)
+    views_VxBxK = _views(jax.random.key(seed), patch_BxLxP, config.visible_patches)
     views_VxBxK = views_VxBxK[: {"masked": 1, "ensemble": None}[mask]]
 
     def encode(position_BxK):
@@ -153,9 +153,26 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
         step = checkpoint.newest(path)
     except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
         raise UserError(f"{os.fspath(path)} cannot be read: {error}; check the path and its credentials") from error
-    config = checkpoint.read_config(step)
+    config = saved_config.read(step)
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))
-    params = checkpoint.read_params(step, sharding.place(abstract, mesh))
+    tokenizer, entries = checkpoint.read_tokenizer(step), config.model.text.vocab_size
+    if tokenizer and tokenizer.vocab_size > entries:
+        raise UserError(
+            f"{step}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, above config.model.text.vocab_size "
+            f"{entries}: the checkpoint is damaged; use another step"
+        )
+    params = weights.read_params(step, sharding.place(abstract, mesh))
     with jax.set_mesh(mesh):
-        return Encoder(graphdef, params, checkpoint.read_tokenizer(step), config, checkpoint.read_class_names(step))
+        return Encoder(graphdef, params, tokenizer, config, weights.read_class_names(step))
+
+
+def _views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
+    """Draws random subsets [V, B, keep] that together cover all patches; only the last may repeat some.
+
+    The noise depends on the key and the image itself only, so that evaluation depends on neither batch nor devices.
+    """
+    count = patch_BxLxP.shape[1]
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.sum(patch_BxLxP.astype(jnp.uint32), axis=(1, 2)))
+    order_BxL = masking.smallest(jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys_B), count)
+    return jnp.stack([order_BxL[:, min(i, count - keep) :][:, :keep] for i in range(0, count, keep)])

@@ -21,7 +21,6 @@ from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 from flip_jax.runtime import UserError
 
 PAD = 0
-GREY = 225  # of the patches that are not seen, where they are drawn
 SIGMA = 0.8  # of `centred`, in half sides of the image: the widest that GLIP's authors show
 BLOCK_ASPECT = 0.3  # sides of `block` are within this ratio and its inverse (BEiT)
 ANCHORS = 0.05  # share of the patches that `cluster` draws as anchors (2405.08815: less than 5 %)
@@ -35,17 +34,6 @@ def smallest(noise: jax.Array, keep: int) -> jax.Array:
 def random(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
     """Keeps a uniformly random subset. Paper, section 3."""
     return smallest(jax.random.uniform(key, patch_BxLxP.shape[:2]), keep)
-
-
-def views(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
-    """Draws random subsets [V, B, keep] that together cover all patches; only the last may repeat some.
-
-    The noise depends on the key and the image itself only, so that evaluation depends on neither batch nor devices.
-    """
-    count = patch_BxLxP.shape[1]
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.sum(patch_BxLxP.astype(jnp.uint32), axis=(1, 2)))
-    order_BxL = smallest(jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys_B), count)
-    return jnp.stack([order_BxL[:, min(i, count - keep) :][:, :keep] for i in range(0, count, keep)])
 
 
 def grid(key: jax.Array, patch_BxLxP: jax.Array, keep: int) -> jax.Array:
@@ -236,19 +224,6 @@ def patchify(image_BxHxWx3: jax.Array, patch_size: int) -> jax.Array:
 def gather(patch_BxLxP: jax.Array, position_BxK: jax.Array) -> jax.Array:
     """Takes the patches at these positions. As pixels, so that embedding them costs the visible share only."""
     return jnp.take_along_axis(patch_BxLxP, position_BxK[:, :, None], axis=1)
-
-
-def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) -> np.ndarray:
-    """Draws visible patches as a uint8 image [S, S, 3] of `grid` x `grid` patches, the others in light grey.
-
-    Without positions the patches are all those of an image, which may be smaller (mask "resize").
-    """
-    if position_K is None:
-        grid, position_K = math.isqrt(len(patch_KxP)), np.arange(len(patch_KxP))
-    side = math.isqrt(patch_KxP.shape[1] // 3)
-    patch_LxP = np.full((grid**2, patch_KxP.shape[1]), GREY, np.uint8)
-    patch_LxP[position_K] = patch_KxP
-    return patch_LxP.reshape(grid, grid, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(grid * side, grid * side, 3)
 
 
 def check(image: ImageConfig, text: TextConfig) -> None:

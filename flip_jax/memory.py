@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 import re
 import socket
 import zlib
@@ -18,13 +17,11 @@ from jax.sharding import Mesh
 from flip_jax import sharding, train_step
 from flip_jax.config import Config
 from flip_jax.config_check import REMAT
-from flip_jax.runtime import UserError
 from flip_jax.train_step import Program
 
 GIB = 2**30
 ON_ACCELERATORS = REMAT[1:]  # the policies that "auto" tries there
 SPARE = 0.1  # the share of a device's memory that "auto" leaves free
-RECORD = 64 * 1024  # bytes of an encoded record in the shuffle window, a generous mean
 # The compiler's refusal of a program that does not fit, in the words of its early and its late passes.
 _REFUSAL = re.compile(r"(?:Used |\()([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G")
 
@@ -89,7 +86,7 @@ def search(config: Config, mesh: Mesh, limit: int | None, attempt: Callable[[Con
     everything a quarter (docs/scale.md). With microbatches their number costs little, so the policy that recomputes
     least is tried first.
     """
-    names, counts = policies(config, limit, _on_cpu(mesh)), part_counts(config, mesh)
+    names, counts = policies(config, limit, on_cpu(mesh)), part_counts(config, mesh)
     trials = {}
     for name in names:
         trials[name] = [attempt(resolved(config, name, counts[0]))]
@@ -144,7 +141,7 @@ def choose(
     def attempt(choice):
         program = train_step.make_program(choice, mesh)
         extra = host_bytes(choice, program, mesh)
-        arguments = _tree_bytes(program.state) + _image_bytes(choice, mesh) + extra
+        arguments = tree_bytes(program.state) + image_bytes(choice, mesh) + extra
         try:
             compiled = lower(program, choice, mesh).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -164,86 +161,32 @@ def choose(
         if trial.result and fits(trial, limit, SPARE if auto else 0):
             return trial.config, trial.result, int(trial.needed)
         tried.append(trial)
-    rows = [
-        f"  remat {trial.config.model.remat}, {trial.config.microbatches} microbatch(es): "
-        + ("refused by the compiler" if math.isinf(trial.needed) else f"{trial.needed / GIB:.2f} GiB")
-        for trial in tried
-    ]
-    remedy = _remedy(config, mesh, limit, min(trial.needed for trial in tried))
-    raise UserError("\n".join([f"{_too_large(config, limit)}; {remedy}. Needed per device:", *rows]))
+    from flip_jax import too_large  # only refusals need it
 
-
-def check(config: Config, mesh: Mesh, limit: int | None) -> None:
-    """Raises UserError, before anything is compiled, where a CPU cannot hold the state and the batch."""
-    if not limit or not _on_cpu(mesh):
-        return
-    fixed, row = _least_bytes(config, mesh)
-    needed = fixed + row * config.global_batch_size / sharding.batch_shards(mesh)
-    if needed > limit:
-        alone = f"its state and batch alone need {needed / GIB:.2f} GiB"
-        raise UserError(f"{_too_large(config, limit)}: {alone}; {_remedy(config, mesh, limit)}")
-
-
-def _too_large(config: Config, limit: int | None) -> str:
-    of = f", {limit / GIB:.2f} GiB each" if limit else ""
-    return (
-        f"the train step at config.global_batch_size {config.global_batch_size} does not fit into the devices' memory"
-        f"{of}"
-    )
-
-
-def _remedy(config: Config, mesh: Mesh, limit: int | None, needed: float = math.inf) -> str:
-    """Says what would fit; `needed` is the least that was tried, in bytes."""
-    if config.model.remat not in ("auto", REMAT[-1]):
-        return "set config.model.remat to auto"
-    shards, room = sharding.batch_shards(mesh), (1 - SPARE) * (limit or 0)
-    (fixed, row), rows = _least_bytes(config, mesh), config.global_batch_size / shards
-    if not config.finetune.classes and config.microbatches != "auto" and fixed + row * rows <= room:
-        return "set config.microbatches to auto, which finds the least number that fits"
-    if config.finetune.classes and not math.isinf(needed):  # which takes a batch at once
-        row = (needed - fixed) / rows
-    if room >= fixed + row:
-        return f"lower it to {shards * 2 ** int(math.log2((room - fixed) / row))}"
-    return (
-        f"{fixed / GIB:.2f} GiB per device are needed for the model's parameters, gradients and moments alone: "
-        "raise config.mesh.fsdp, which splits them over devices, use more devices or a smaller model"
-    )
-
-
-def _least_bytes(config: Config, mesh: Mesh) -> tuple[float, float]:
-    """Estimates the bytes per device that no choice avoids, and those of a row of the batch.
-
-    Beside the state there are gradients, twice while they are summed, and parameters in the compute type; beside the
-    row, the patches that are seen. Measured by compiled steps of B/16 and L/16 on CPUs.
-    """
-    one = dataclasses.replace(resolved(config, REMAT[-1], 1), global_batch_size=sharding.batch_shards(mesh))
-    program = train_step.make_program(one, mesh)
-    fixed = _tree_bytes(program.state) + 3 * _tree_bytes(program.state.params) + host_bytes(one, program, mesh)
-    return fixed, config.model.image.image_size**2 * 3 * (3.6 if _on_cpu(mesh) else 1.6)
+    raise too_large.error(config, mesh, limit, tried)
 
 
 def host_bytes(config: Config, program: Program, mesh: Mesh) -> float:
-    """Bytes that a run holds outside of its step, where that is the same memory (CPUs), as a device's share.
-
-    These are the batch that was assembled and the next one, the state that is being saved, and the shuffle window.
-    """
-    if not _on_cpu(mesh):
+    """Bytes that a run holds outside of its step, where that is the same memory, as a device's share."""
+    if not on_cpu(mesh):
         return 0
-    local = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-    window = config.data.shuffle_window * RECORD / max(local, 1)
-    return 2 * _image_bytes(config, mesh) + _tree_bytes(program.state) + window
+    from flip_jax import host_memory
+
+    return host_memory.held_bytes(config, program, mesh)
 
 
-def _on_cpu(mesh: Mesh) -> bool:
+def on_cpu(mesh: Mesh) -> bool:
+    """Tells whether the devices are CPUs, whose memory is the machine's own."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _tree_bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of an abstract tree on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _image_bytes(config: Config, mesh: Mesh) -> float:
+def image_bytes(config: Config, mesh: Mesh) -> float:
+    """Bytes of a batch's images on one device."""
     return config.global_batch_size / sharding.batch_shards(mesh) * config.model.image.image_size**2 * 3
 
 
@@ -253,33 +196,14 @@ def device_memory() -> int | None:
     On CPUs it is the memory that is available now, shared by all devices of all processes on a machine.
     """
     own, machine = jax.local_devices(), zlib.crc32(socket.gethostname().encode()) >> 1
-    on_cpu = own[0].platform == "cpu"
-    limit = (available() if on_cpu else (own[0].memory_stats() or {}).get("bytes_limit")) or 0
+    shared = own[0].platform == "cpu"
+    if shared:
+        from flip_jax import host_memory
+
+        limit = host_memory.available() or 0
+    else:
+        limit = (own[0].memory_stats() or {}).get("bytes_limit") or 0
     # JAX cuts what processes exchange to 32 bits, so memory is in MiB.
     limits = multihost_utils.process_allgather(np.array([limit >> 20, machine, len(own)], np.int32)).reshape(-1, 3)
-    sharing = [limits[limits[:, 1] == name, 2].sum() if on_cpu else 1 for name in limits[:, 1]]
+    sharing = [limits[limits[:, 1] == name, 2].sum() if shared else 1 for name in limits[:, 1]]
     return (int((limits[:, 0] // sharing).min()) << 20) or None
-
-
-def available(root: pathlib.Path = pathlib.Path("/")) -> int | None:
-    """Bytes that processes of this machine or container can still take: the least of what Linux says, else None."""
-
-    def read(path):
-        return path.read_text() if path.is_file() else ""
-
-    found = [1024 * int(kib) for kib in re.findall(r"^MemAvailable: *(\d+) kB", read(root / "proc/meminfo"), re.M)]
-    for line in read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        folder = root / "sys/fs/cgroup" / ("memory" if controllers else "")  # version 1 or 2
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        # The limits of all groups above hold, too. In a container its own group may be mounted as the top one.
-        inner = folder / path.strip("/")
-        for group in (inner, *(parent for parent in inner.parents if parent.is_relative_to(folder))):
-            most, used = (read(group / name).strip() for name in names)
-            if most.isdigit() and used.isdigit():
-                # Pages of files are given back when memory is short.
-                cached = re.search(r"^(?:total_)?inactive_file (\d+)", read(group / "memory.stat"), re.M)
-                found.append(max(int(most) - int(used) + (int(cached[1]) if cached else 0), 0))
-    return min(found, default=None)

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 from flip_jax.config import Config
 
@@ -68,21 +67,6 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def by_muon() -> optax.GradientTransformation:
-    """Makes all singular values of each matrix about equal and its root mean square 1, each layer of a stack by itself.
-
-    That is about the size of AdamW's updates, and so suits its learning rates.
-    """
-
-    def matrices(params):
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params)
-
-    def enlarge(updates, _):
-        return jax.tree.map(lambda x: x * max(x.shape[-2:]) ** 0.5, updates)
-
-    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=matrices), optax.stateless(enlarge))
-
-
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Builds the optimizer; decay is decoupled and multiplied by the learning rate, and gradients are not clipped.
 
@@ -91,14 +75,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     optim = config.optim
     direction = optax.scale_by_adam(optim.b1, optim.b2, 1e-8, mu_dtype=optim.mu_dtype)
     if optim.name == "muon":
-        direction = optax.partition({True: by_muon(), False: direction}, is_matrix)
+        from flip_jax import muon  # only its runs need it
+
+        direction = optax.partition({True: muon.by_muon(), False: direction}, muon.is_matrix)
     return optax.chain(
         direction,
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
-
-
-def is_matrix(params: Any) -> Any:
-    """Marks the kernels of blocks and projections."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -9,14 +9,16 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Self
 
 COMPILED = pathlib.Path.home() / ".cache" / "flip_jax" / "compiled"
 # What a file system answers when it does not take a file.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+at_end: list[Callable[[], None]] = []  # what a program does before it ends on a signal
 LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
 
 
@@ -25,9 +27,25 @@ class UserError(ValueError):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return plain(super().__str__())
+
+
+def plain(text: str) -> str:
+    """Escapes what a terminal would obey: messages quote files, keys and captions that strangers wrote."""
+    from flip_jax import untrusted
+
+    return text if text.isprintable() else untrusted.plain(text)
+
+
+class _LogRecord(logging.LogRecord):
+    def getMessage(self):  # noqa: N802  logging's name
+        return plain(super().getMessage())
+
 
 def run(function: Callable[..., int | None], *arguments: Any) -> int:
     """Calls a command and returns its exit code; a `UserError` is one message, any other error keeps its trace."""
+    logging.setLogRecordFactory(_LogRecord)
     try:
         return function(*arguments) or 0
     except UserError as error:
@@ -47,7 +65,7 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
     except Exception as error:
         traceback.print_exc()
         code = 1
-        if _is_one_of_several() and isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
+        if _is_one_of_several() and lost_another(error):
             index, wait = sys.modules["jax"].process_index(), 2 * LOST_AFTER
             print(
                 f"error: process {index} cannot continue. If another process was lost, JAX names it within {wait} s. "
@@ -62,12 +80,9 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
     return code
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the program. After Ctrl-C threads still work on a step, and a normal exit would take Python from them."""
-    if code == 128 + signal.SIGINT:
-        print(end="", flush=True)
-        os._exit(code)
-    sys.exit(code)
+def lost_another(error: Exception) -> bool:
+    """Tells whether an error, or what caused it, is one of those that JAX raises where another process is gone."""
+    return any(isinstance(e, sys.modules["jax"].errors.JaxRuntimeError) for e in (error, error.__cause__))
 
 
 def _is_one_of_several() -> bool:
@@ -114,6 +129,7 @@ def start_distributed(options: argparse.Namespace) -> None:
         return
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # until the first step, see `Termination`
     try:
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=LOST_AFTER)
     except Exception as error:  # JAX's errors depend on the cluster that it finds
@@ -151,7 +167,7 @@ def say(line: str) -> None:
     import jax
 
     if jax.process_index() == 0:
-        print(line, flush=True)
+        print(plain(line), flush=True)
 
 
 def meet(name: str) -> None:
@@ -161,6 +177,19 @@ def meet(name: str) -> None:
 
     processes = set(range(jax.process_count()))
     ocp.multihost.sync_global_processes(f"flip_jax/{name}", timeout=1200, processes=processes)
+
+
+def gather(name: str, own: list[str]) -> list[str]:
+    """Joins the lists of all processes, in each of them; `name` is used once in a run."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return own
+    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
+    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
+    meet(name)
+    return [line for _, lines in client.key_value_dir_get(folder) for line in json.loads(lines)]
 
 
 def sum_counts(name: str, own: dict[str, int]) -> dict[str, int]:
@@ -184,28 +213,92 @@ def sum_counts(name: str, own: dict[str, int]) -> dict[str, int]:
     return dict(total)
 
 
-class Termination:
-    """Notices SIGTERM without interrupting a step; with several processes, all stop after the same step."""
+class Interrupts:
+    """Ends the program on Ctrl-C: at once, in one line and with no trace, even while native code compiles."""
 
-    def __enter__(self) -> "Termination":
-        import jax
+    signals: tuple[int, ...] = (signal.SIGINT,)
 
-        self._signalled, self._several = False, jax.process_count() > 1
-        # With several processes jax.distributed has its own handler, which a second one would replace.
-        self._previous = None if self._several else signal.signal(signal.SIGTERM, self._notice)
+    def __enter__(self) -> Self:
+        # Python's own handlers wait until native code returns. What it writes to this pipe is read by a thread.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in self.signals}
+        self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        signal.set_wakeup_fd(self._previous)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
 
-    def _notice(self, *_):
-        self._signalled = True
+    def _watch(self):
+        while number := os.read(self._reader, 1):
+            if number[0] in self.signals:
+                self.noticed(number[0])
 
-    def reached(self, step: int) -> bool:
-        """Tells whether the run ends after this step."""
-        if self._several:
+    def noticed(self, number: int) -> None:
+        """Acts on a signal; called in a thread."""
+        _end(128 + number, "interrupted")
+
+
+def _end(code: int, line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+        for function in at_end:
+            function()
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+class Termination(Interrupts):
+    """Notices SIGTERM and Ctrl-C without interrupting a step; with several processes, all stop after the same step.
+
+    Before the first step there is nothing to save and the program ends at once, as it does on a second Ctrl-C.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.stopping = self.interrupted = self._signalled = False
+        self._asked = 0  # how often `reached` was called
+
+    def noticed(self, number: int) -> None:
+        if not self._asked:
+            name = signal.Signals(number).name
+            code = 128 + number if number == signal.SIGINT else 0
+            _end(code, f"{name} before the first step: nothing new to save; run the same command to resume")
+        if self.interrupted and number == signal.SIGINT:
+            _end(128 + number, "interrupted again: the run ends without saving; run the same command to resume")
+        self._signalled, self.interrupted = True, self.interrupted or number == signal.SIGINT
+        if number == signal.SIGINT:
+            print("interrupted: the run stops after this step; again ends it at once", file=sys.stderr, flush=True)
+            if not is_alone():
+                os.kill(os.getpid(), signal.SIGTERM)  # which JAX notices, and tells the other processes
+
+    def reached(self) -> bool:
+        """Tells whether the run is to stop here; all processes ask at the same points of a run."""
+        if is_alone():
+            self.stopping = self._signalled
+        else:
             from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._signalled
+            if not self._asked:
+                _watch_preemption()
+            self.stopping = self.stopping or multihost_utils.reached_preemption_sync_point(self._asked)
+        self._asked += 1
+        return self.stopping
+
+
+def _watch_preemption():
+    """Starts JAX's agreement on a step to stop after, which takes SIGTERM from our handler.
+
+    `start_distributed` has left it out, because before the first step a signal is to end the program.
+    """
+    import jax
+    from jax._src import distributed
+
+    jax.config.update("jax_enable_preemption_service", True)
+    distributed.global_state.initialize_preemption_sync_manager()

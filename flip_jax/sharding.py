@@ -4,7 +4,7 @@ Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters and 
 and the MLP's hidden units.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -93,27 +93,39 @@ def to_devices(mesh: Mesh, *local: np.ndarray) -> Iterator[jax.Array]:
 
 def split(arrays: Any, parts: int) -> Any:
     """Splits [B, ...] into [parts, B / parts, ...]; each part has equally many rows of every device, and none moves."""
-
-    def one(x):
-        shards = _batch_shards_here()
-        x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-        return _constrain(x.reshape(parts, -1, *x.shape[3:]), PartitionSpec(None, BATCH))
-
-    return jax.tree.map(one, arrays)
+    return jax.tree.map(lambda x: _constrain(_split(x, parts), PartitionSpec(None, BATCH)), arrays)
 
 
 def join(arrays: Any) -> Any:
     """Undoes `split`."""
-
-    def one(x):
-        shards = _batch_shards_here()
-        x = x.reshape(len(x), shards, -1, *x.shape[2:]).swapaxes(0, 1)
-        return by_batch(x.reshape(-1, *x.shape[3:]))
-
-    return jax.tree.map(one, arrays)
+    return jax.tree.map(lambda x: by_batch(_join(x)), arrays)
 
 
-def _batch_shards_here() -> int:
+def in_turn(function: Callable[[Any], jax.Array], arrays: Any, parts: int) -> jax.Array:
+    """Applies a function of rows to one of `parts` of `split` after the other, and joins the results."""
+    if parts == 1:
+        return function(arrays)
+    return _join(jax.lax.map(function, jax.tree.map(lambda x: _split(x, parts), arrays)))
+
+
+def _split(x, parts):
+    x = x.reshape(batch_shards_here(), parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(parts, -1, *x.shape[3:])
+
+
+def _join(x):
+    x = x.reshape(len(x), batch_shards_here(), -1, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(-1, *x.shape[3:])
+
+
+def on_tpu() -> bool:
+    """Tells whether the mesh is of TPUs, which need not exist."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.abstract_device.platform == "tpu"
+
+
+def batch_shards_here() -> int:
+    """Counts the parts that the batch is split into by the mesh, if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_shards(mesh)
 

@@ -3,8 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +12,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from flip_jax import checkpoint, memory, metrics, models, optim, runtime, sharding
+from flip_jax import checkpoint, lock, memory, metrics, models, optim, runtime, sharding
 from flip_jax.config import Config
 from flip_jax.data import pipeline
-from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError, say
 from flip_jax.train_step import Program
 
@@ -25,8 +24,10 @@ IN_FLIGHT = 2  # steps given to the devices ahead of the one they work on
 Report = tuple[int, list[str], dict[str, jax.Array]]  # step, keys of this process's samples, scalars on the devices
 
 
-def train(config: Config, workdir: str | os.PathLike, started: float | None = None) -> None:
+def train(config: Config, workdir: str | os.PathLike, started: float | None = None) -> int:
     """Trains to `config.total_samples`, from the newest checkpoint in `workdir` if there is one.
+
+    Returns the exit code: 130 if Ctrl-C stopped the run, else 0.
 
     The time to the first step is counted from `started`, a value of `time.perf_counter` (None: now).
 
@@ -41,19 +42,25 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh)
     limit = memory.device_memory()  # before this process takes some of it
-    memory.check(config, mesh, limit)
+    if limit and memory.on_cpu(mesh):
+        from flip_jax import too_large
+
+        too_large.check(config, mesh, limit)
     if config.eval.tasks:
         from flip_jax import evaluators
 
         if reasons := evaluators.problems(config):  # named together with the training data where these are missing, too
             raise UserError("\n".join([*pipeline.problems(config), *reasons]))
     metrics.check(config)
+    saving = config.checkpoint
     with (
-        contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints,
+        lock.hold(workdir / lock.NAME, f"--workdir {workdir}", together=True),
+        contextlib.closing(checkpoint.Checkpoints(workdir, saving.keep, saving.strict)) as checkpoints,
         jax.set_mesh(mesh),
         runtime.Termination() as termination,
     ):
         _run(config, workdir, mesh, limit, checkpoints, termination, started)
+    return 128 + signal.SIGINT if termination.interrupted else 0
 
 
 def _run(
@@ -69,12 +76,17 @@ def _run(
     source = checkpoints.directory / str(start) if start else None
     if not start and config.init_from:
         source = checkpoint.newest(config.init_from)
-    if source and config.finetune.classes:
-        config = checkpoint.with_tower_of(config, source)
-    if start:
-        checkpoints.check_config(config)
-    elif source:
-        checkpoint.check_start(config, source)
+    recorded = None
+    if source:
+        from flip_jax import saved_config, weights  # only a run that resumes or starts from weights needs them
+
+        if config.finetune.classes:
+            config = weights.with_tower_of(config, source)
+        if start:
+            saved_config.check(source, config)
+            recorded = saved_config.read(source)
+        else:
+            weights.check_start(config, source)
     if start == config.total_steps:
         extend = "raise config.total_samples" if _extensible(config) else "use another --workdir and config.init_from"
         _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
@@ -85,13 +97,12 @@ def _run(
         from flip_jax.data import classes
 
         class_names = classes.trained(config)
-    if start:
-        checkpoints.check_class_names(class_names)
+        if start and source:
+            classes.check_unchanged(class_names, source)
     batches = iter(
         pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
     )
     before = time.perf_counter()
-    recorded = checkpoint.read_config(source) if start and source else None
     config, program, peak = memory.choose(config, mesh, limit, recorded)
     parts = f"{config.microbatches} microbatches, " if config.microbatches != 1 else ""
     of = f" of {limit / 2**30:.2f}" if limit else ""
@@ -101,13 +112,17 @@ def _run(
     )
     # Some processes may have found the program in their cache, and collectives of CPUs wait for 30 s at most.
     runtime.meet("compiled")
-    state = _initial_state(config, program, checkpoints, start, batches)
+    state = _initial_state(config, program, checkpoints, start, source, batches)
     flops = models.flops_per_sample(config)
     _say_start(config, mesh, program, flops)
     metrics.write_parameters(workdir, program.state.params)
     writer = metrics.Writer(workdir, start, config)
     progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
-    evaluate = _evaluation(config, program, tokenizer, class_names, mesh, writer) if config.eval.wanted else None
+    evaluate = None
+    if config.eval.wanted:
+        from flip_jax.evaluators import in_training
+
+        evaluate = in_training.evaluation(config, program, tokenizer, class_names, mesh, writer, termination)
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
@@ -135,7 +150,7 @@ def _run(
         elif len(window) > IN_FLIGHT:
             # Bounds the batches that wait on the devices; the step waited for is done long before they run dry.
             jax.block_until_ready(window[-1 - IN_FLIGHT][2])
-        stop, last = termination.reached(step), step == config.total_steps
+        stop, last = termination.reached(), step == config.total_steps
         save = stop or last or _due(step, config.checkpoint.every_steps)
         evaluating = evaluate and (last or _due(step, config.eval.every_steps))
         if save or evaluating or _due(step, config.log.every_steps):
@@ -150,7 +165,8 @@ def _run(
         if evaluating:
             with progress.pause("evaluation", config.eval.every_steps):
                 evaluate(state.params, batch, step)
-        if save:
+            stop = termination.stopping
+        if save or stop:
             with progress.pause("save", config.checkpoint.every_steps):
                 checkpoints.save(step, state, batches, tokenizer, config, class_names)
         if stop:
@@ -158,52 +174,31 @@ def _run(
     writer.close()
     if stop and not last:
         checkpoints.wait()
-        say(f"SIGTERM: saved step {step} of {config.total_steps} in {workdir}; run the same command to resume")
+        cause = "interrupted" if termination.interrupted else "SIGTERM"
+        say(f"{cause}: saved step {step} of {config.total_steps} in {workdir}; run the same command to resume")
 
 
-def _initial_state(config: Config, program: Program, checkpoints: checkpoint.Checkpoints, start: int, batches: Any):
+def _initial_state(
+    config: Config,
+    program: Program,
+    checkpoints: checkpoint.Checkpoints,
+    start: int,
+    source: epath.Path | None,
+    batches: Any,
+):
     """Makes the first state, in this order: the newest checkpoint, else `init_from`'s weights, else random ones."""
     if start:
         state = checkpoints.restore(program.state, batches)
         _log.info("resumed at step %d (%d samples)", start, start * config.global_batch_size)
         return state
     state = program.init()
-    if config.init_from:
-        step = checkpoint.newest(config.init_from)
+    if source:
+        from flip_jax import weights
+
         wanted = {name: part for name, part in program.state.params.items() if name != "head"}  # a new classifier's
-        state = state._replace(params=state.params | checkpoint.read_params(step, wanted, config.model))
-        _log.info("started from the weights in %s", step)
+        state = state._replace(params=state.params | weights.read_params(source, wanted, config.model))
+        _log.info("started from the weights in %s", source)
     return state
-
-
-def _evaluation(
-    config: Config,
-    program: Program,
-    tokenizer: Tokenizer | None,
-    class_names: tuple[str, ...],
-    mesh: Mesh,
-    writer: metrics.Writer,
-) -> Callable[[Any, dict[str, Any], int], None]:
-    """Builds the function that evaluates weights and writes results; a run that never evaluates loads none of this."""
-    from flip_jax import evaluators, inference
-    from flip_jax.evaluators import snapshot
-
-    encoder: inference.Encoder | None = None
-    look = snapshot.Snapshot(program.graphdef, config, mesh)
-
-    def evaluate(params, batch, step):
-        nonlocal encoder
-        # Later encoders share the programs that the first one compiles.
-        if encoder:
-            encoder = encoder.with_params(params)
-        else:
-            encoder = inference.Encoder(program.graphdef, params, tokenizer, config, class_names)
-        results = dict(evaluators.run(encoder, config))
-        writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
-        if "text" in batch and (writer.trackers or jax.process_count() > 1):  # all take part, the first one writes
-            writer.draw(step, *look(params, batch, step))
-
-    return evaluate
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:

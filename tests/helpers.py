@@ -12,12 +12,14 @@ import tempfile
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from pyarrow import parquet
 
 import flip_jax
-from flip_jax import config_check, sharding, train_step
+from flip_jax import config_check, manifest, sharding, train_step
 from flip_jax.config import (
     Config,
     DataConfig,
@@ -252,6 +254,7 @@ def save(encoder, step):
             checkpointer.save(step / item, content)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(step / "state", {"params": encoder.params})
+    manifest.write(epath.Path(step))
 
 
 def command(tool, **options):
@@ -364,3 +367,11 @@ NAMES, TEMPLATE = ["red 1", "picture 2", "a 3"], "a {} picture"
 def cosines(encoder, contents, texts):
     images = np.stack([transforms.decode(content, 32, DataConfig()) for content in contents])
     return np.asarray(encoder.encode_image(images)) @ encoder.encode_text(texts).T
+
+
+class Bucket(MemoryFileSystem):
+    """Takes names that begin with gs://."""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("gs://", "memory://"))

@@ -66,66 +66,94 @@ def test_mean_and_spread():
 ABOUT = {
     "device": "2 CPU cores",
     "dtype": "float32",
-    "attention": "xla",
-    "model": "vit_s16",
     "batch": 32,
     "sample_flops": {"0.0": 4e9, "0.5": 2e9},
     "product_flops": 1e9,
     "peak_flops": None,
 }
-TIMES = {
-    ("flip_jax", "0.0"): [4.0, 8.0, 4.0],
-    ("flip_jax", "0.5"): [2.0, 6.0, 1.0],
-    ("flip_jax", "product"): [0.01, 0.02, 0.04],
-    ("open_clip", "0.0"): [2.0, 6.0, 4.0],
-    ("open_clip", "0.5"): [],
-    ("open_clip", "product"): [0.005, 0.004, 0.1],
+SIDES = {
+    ("flip_jax", ""): step_time.Measured(
+        ABOUT, {"0.0": [4.0, 8.0, 4.0], "0.5": [2.0, 6.0, 1.0], "product": [0.01, 0.02, 0.04]}
+    ),
+    ("open_clip", ""): step_time.Measured(ABOUT, {"0.0": [2.0, 6.0, 4.0], "0.5": [], "product": [0.005, 0.004, 0.1]}),
+    ("flip_jax", "unroll=True"): step_time.Measured(ABOUT | {"batch": 64}, {"0.0": [4.0, 6.0]}),
 }
 
 
 def test_step_times_are_medians_of_rounds_and_of_their_ratios():
-    rows = step_time.summarise(TIMES, ABOUT)
-    assert [(row["framework"], row["mask"]) for row in rows] == [("flip_jax", 0), ("flip_jax", 0.5), ("open_clip", 0)]
-    whole, half, peer = rows
+    whole, half, peer, larger = step_time.summarise("vit_s16", SIDES)
+    names = [(row["framework"], row["setting"], row["mask"]) for row in (whole, half, peer, larger)]
+    assert names == [("flip_jax", "", 0), ("flip_jax", "", 0.5), ("open_clip", "", 0), ("flip_jax", "unroll=True", 0)]
     assert (whole["seconds"], whole["fastest"], whole["slowest"], whole["images_per_second"]) == (4, 4, 8, 8)
     assert whole["mfu"] == pytest.approx(8 * 4e9 / (1e9 / 0.02), abs=1e-4)
     assert whole["speed_of_open_clip"] == 0.75  # median of 2/4, 6/8, 4/4
     assert (half["time_of_unmasked"], half["flops_of_unmasked"], half["speed_of_open_clip"]) == (0.5, 0.5, None)
     assert peer["speed_of_open_clip"] is None
     assert (whole["product_tflops"], peer["product_tflops"]) == (0.05, 0.2)
+    assert larger["speed_of_open_clip"] == 1.5  # twice the batch; median of 2/4 and 6/6
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_processes_share_a_cpu_but_run_in_sequence_on_an_accelerator(monkeypatch, together):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_processes_share_a_cpu_but_run_in_sequence_on_an_accelerator(monkeypatch, backend):
     calls = []
 
     class Worker:
         def __init__(self, command):
-            self.framework = command[2].removeprefix("benchmarks.").removesuffix("_step")
-            self.about = {"programs": ["0.0", "product"] if together and self.framework == "own" else ["0.0"]}
-            calls.append(f"start {self.framework}")
+            side = "own" if command[2].endswith("own_step") else "peer"
+            self.side, self.masks = " ".join([side, *filter(None, command[5:6])]), command[-1]
+            self.about = ABOUT | {"programs": self.masks.split(",")}
+            calls.append(f"start {self.side}")
 
         def seconds(self, name):
-            calls.append(f"{self.framework} {name}")
+            calls.append(f"{self.side} {name}")
             return 1.0
 
         def close(self):
-            calls.append(f"close {self.framework}")
+            calls.append(f"close {self.side}")
 
     monkeypatch.setattr(turns, "Worker", Worker)
-    times, about = {}, {}
-    step_time.measure(["vit_s16", "0", ""], "python", 2, times, about)
-    ours, theirs = ["own 0.0", "own product"] if together else ["own 0.0"], ["open_clip 0.0"]
-    middle = ["start open_clip", *2 * (ours + theirs), "close own"]
-    if not together:
-        middle = [*2 * ours, "close own", "start open_clip", *2 * theirs]
-    assert calls == ["start own", *middle, "close open_clip"]
-    assert times["flip_jax", "0.0"] == times["open_clip", "0.0"] == [1, 1]
-    assert about["model"] == "vit_s16"
+    sides = {"a": {}, "b": {}}
+    for case in step_time.plan(["a", "b"], backend):
+        step_time.measure(case, 0, "python", 2, sides[case.model])
+    own, peer = ([f"{side} {mask}" for mask in ("0.0", "0.5", "0.75")] for side in ("own", "peer"))
+    if backend == "cpu":
+        turn = ["start own", "start peer", *2 * (own + peer), "close own", "close peer"]
+        assert calls == 2 * turn
+    else:
+        first = ["start own", *2 * own, "close own", "start peer", *2 * peer[1:2], "close peer"]
+        assert calls[:24] == 2 * first
+        changed = ["own remat=dots", "own attention=xla", "own unroll=True"]
+        assert calls[24:48] == 2 * [x for o in changed for x in (f"start {o}", f"{o} 0.5", f"{o} 0.5", f"close {o}")]
+        assert [call for call in calls[48:] if "start" not in call and "close" not in call] == 2 * [
+            x for mask in ("0.0", "0.75") for x in 2 * [f"peer {mask}"]
+        ]
+    assert [sorted(side.times) for side in sides["a"].values()][:2] == 2 * [["0.0", "0.5", "0.75"]]
+    assert all(seconds == [1, 1] for side in sides["b"].values() for seconds in side.times.values())
+
+
+@pytest.mark.slow
+def test_the_call_for_a_gpu_in_small(tmp_path, monkeypatch, capsys):
+    """The plan for a GPU with a tiny model on the CPU; open_clip, which fails without torch, costs no other row."""
+    monkeypatch.setattr(step_time, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(turns, "LEAST", 0)
+    outputs = [f"--{name}={tmp_path / name}" for name in ("results", "table", "chart.png")]
+    outputs[2] = outputs[2].replace("--chart.png", "--chart")
+    peer = "--peer_python=/bin/false"
+    monkeypatch.setattr(sys, "argv", ["step_time", "--models=tiny", "--batch=8", "--rounds=1", peer, *outputs])
+    step_time.main()
+    printed, errors = capsys.readouterr()
+    rows = pages.read(tmp_path / "results")
+    assert [json.loads(line) for line in printed.splitlines()] == rows
+    assert [(row["setting"], row["mask"]) for row in rows] == [
+        *[("", mask) for mask in (0.0, 0.5, 0.75)],
+        *[(setting, 0.5) for setting in ("remat=dots", "attention=xla", "unroll=True")],
+    ]
+    assert all(row["images_per_second"] > 0 and row["batch"] == 8 for row in rows)
+    assert errors.count("/bin/false -m benchmarks.open_clip_step") == 3
 
 
 def test_step_time_page_shows_the_last_result_of_each_row(tmp_path):
-    first = step_time.summarise(TIMES, ABOUT)
+    first = step_time.summarise("vit_s16", SIDES)
     again = [row | {"images_per_second": 99.0} for row in first[:1]]
     lines = step_time.newest(first + again)
     step_time.write_table(lines, tmp_path / "page.md")
@@ -136,6 +164,8 @@ def test_step_time_page_shows_the_last_result_of_each_row(tmp_path):
         "| 2 CPU cores | vit_s16 | 32 | flip_jax | 0 | 99.0 | 4000 (4000 to 8000) | 64% | 1.00 | 1.00 | 0.75 |",
         "| 2 CPU cores | vit_s16 | 32 | flip_jax | 0.5 | 16.0 | 2000 (1000 to 6000) | 64% | 0.50 | 0.50 |  |",
         "| 2 CPU cores | vit_s16 | 32 | open_clip | 0 | 8.0 | 4000 (2000 to 6000) | 64% | 1.00 | 1.00 |  |",
+        "| 2 CPU cores | vit_s16 | 64 | flip_jax, unroll=True | 0 "
+        "| 12.8 | 5000 (4000 to 6000) | 102% | 1.00 | 1.00 | 1.50 |",
     ]
 
 

@@ -1,28 +1,30 @@
 import dataclasses
 import types
 
+import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from flip_jax import checkpoint, config_check
+from flip_jax import checkpoint, config_check, saved_config
 from flip_jax import config as config_lib
 from flip_jax.runtime import UserError
 from flip_jax.train_step import TrainState
 
 
-def test_a_setting_that_is_newer_than_the_checkpoint_was_its_default(tmp_path, monkeypatch):
+def test_a_setting_that_is_newer_than_the_checkpoint_was_its_default(monkeypatch):
     config = config_lib.Config(total_samples=25_600)
     written = config_check.flatten(config)
-    del written["model.attention"]
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    monkeypatch.setattr(checkpoint, "_read_json", lambda step, item: {"config": written}[item])
-    checkpoints.check_config(config)
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="cudnn"))
-    with pytest.raises(ValueError, match="config.model.attention: checkpoint 'xla', now 'cudnn'"):
-        checkpoints.check_config(other)
+    del written["model.loss"]
+    step = epath.Path("run/checkpoints/10")
+    monkeypatch.setattr(saved_config, "read_json", lambda step, item: {"config": written}[item])
+    monkeypatch.setattr(saved_config, "_knows_data", lambda step: False)
+    saved_config.check(step, config)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, loss="sigmoid"))
+    with pytest.raises(ValueError, match="config.model.loss: checkpoint 'info_nce', now 'sigmoid'"):
+        saved_config.check(step, other)
     with pytest.raises(ValueError, match="config.total_samples: checkpoint 25600, now "):
-        checkpoints.check_config(config_lib.Config())
-    checkpoints.close()
+        saved_config.check(step, config_lib.Config())
 
 
 class Manager:
@@ -72,6 +74,18 @@ def test_a_save_that_failed_is_not_announced_as_complete(saving, capsys):
     with pytest.raises(UserError, match="step 3 could not be saved in .*: RESOURCE_EXHAUSTED. Make room"):
         checkpoints.say_saved()
     assert "saved" not in capsys.readouterr().out
+
+
+def test_a_process_that_was_lost_during_a_save_is_no_refusal_of_the_storage(saving, monkeypatch):
+    checkpoints, manager = saving
+    manager.busy = False
+
+    def lost():
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: Failed to send RPC to coordination service")
+
+    monkeypatch.setattr(manager, "wait_until_finished", lost)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        checkpoints.wait()
 
 
 def test_a_save_without_room_is_refused_before_it_begins(saving, monkeypatch, capsys):

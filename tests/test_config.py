@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from flip_jax import config as config_lib
-from flip_jax import config_check, did_you_mean, optim
+from flip_jax import config_check, did_you_mean, optim, saved_config
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
@@ -143,12 +143,12 @@ def test_a_bug_in_a_recipe_keeps_its_trace(tmp_path):
 def test_a_checkpoint_of_an_earlier_version_names_its_settings_as_it_did(load_recipe):
     flat = config_check.flatten(load_recipe("flip_b16"))
     flat["model.temperature"] = flat.pop("model.init_logit_scale")
-    assert config_check.from_flat(flat) == load_recipe("flip_b16")
+    assert saved_config.from_flat(flat) == load_recipe("flip_b16")
 
 
 def test_flat_settings_come_back(load_recipe):
     config = load_recipe("flip_h14")
-    assert config_check.from_flat(config_check.flatten(config)) == config
+    assert saved_config.from_flat(config_check.flatten(config)) == config
 
 
 @pytest.mark.parametrize(

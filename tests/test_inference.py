@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from flip_jax import checkpoint, config_check, inference, masking, sharding
+from flip_jax import checkpoint, config_check, inference, sharding
 from flip_jax.config import MeshConfig
 from flip_jax.inference import Encoder
 from flip_jax.masking import gather, patchify
@@ -30,7 +30,7 @@ def encoder():
 def test_masked_and_ensemble_embeddings_are_those_of_views_that_cover_the_image(encoder):
     image = helpers.batch(8)[0]
     patches = patchify(jnp.asarray(image), 8)
-    views = np.asarray(masking.views(jax.random.key(encoder.config.seed), patches, 4))
+    views = np.asarray(inference._views(jax.random.key(encoder.config.seed), patches, 4))
     assert views.shape == (4, 8, 4)
     np.testing.assert_array_equal(np.sort(views.transpose(1, 0, 2).reshape(8, 16)), np.tile(np.arange(16), (8, 1)))
     assert len({tuple(row) for row in views[0]}) == 8  # each image has its own

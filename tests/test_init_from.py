@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from flip_jax import checkpoint, sharding
+from flip_jax import checkpoint, sharding, weights
 from flip_jax.config import DecoderConfig, MeshConfig
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import resize_patch_kernel, sincos_2d
@@ -33,7 +33,7 @@ def start(folder, settings, fsdp=1):
     """What a run of a model with these settings starts from."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp))
     abstract = nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))[1]
-    return checkpoint.read_params(checkpoint.newest(folder), sharding.place(abstract, mesh), settings)
+    return weights.read_params(checkpoint.newest(folder), sharding.place(abstract, mesh), settings)
 
 
 def test_the_decoder_is_left_out_and_all_else_kept(trained):

@@ -12,8 +12,9 @@ from helpers import run_steps
 from PIL import Image
 
 from benchmarks import image_tower_cost
-from flip_jax import config_check, masking, models, sharding
+from flip_jax import config_check, inference, masking, models, sharding
 from flip_jax.config import ImageConfig, MeshConfig
+from flip_jax.evaluators import snapshot
 from flip_jax.masking import gather, patchify
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import resize_positions
@@ -223,15 +224,15 @@ def test_the_towers_are_given_the_visible_part_alone():
 def test_an_image_is_drawn_from_its_visible_patches():
     image = helpers.batch(1)[0]
     patches, positions = masking.see_image(helpers.MODEL.image, KEY, image)
-    drawn = masking.unpatchify(np.asarray(patches[0]), np.asarray(positions[0]), 4)
+    drawn = snapshot.unpatchify(np.asarray(patches[0]), np.asarray(positions[0]), 4)
     for place in range(16):
         row, column = (8 * x for x in divmod(place, 4))
-        expected = image[0, row : row + 8, column : column + 8] if place in positions[0] else masking.GREY
+        expected = image[0, row : row + 8, column : column + 8] if place in positions[0] else snapshot.GREY
         assert np.all(drawn[row : row + 8, column : column + 8] == expected)
     resized = helpers.model_with(image_mask="resize", image_mask_ratio=0.75).image
     patches, positions = masking.see_image(resized, KEY, image)
     np.testing.assert_array_equal(
-        masking.unpatchify(np.asarray(patches[0]), positions, 4), masking.resize(image, 16)[0]
+        snapshot.unpatchify(np.asarray(patches[0]), positions, 4), masking.resize(image, 16)[0]
     )
 
 
@@ -284,7 +285,7 @@ def test_masked_text_is_counted_as_the_shorter_text_that_it_is():
 
 
 def test_views_that_do_not_divide_the_image_cover_it_completely():
-    views = np.asarray(masking.views(KEY, images(5, 3), 4))  # 9 patches
+    views = np.asarray(inference._views(KEY, images(5, 3), 4))  # 9 patches
     assert views.shape == (3, 5, 4)
     for row in views.transpose(1, 0, 2):
         assert set(row.ravel()) == set(range(9)) and all(len(set(view)) == 4 for view in row)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from flip_jax import config_check, memory, sharding, train_step
+from flip_jax import config_check, host_memory, memory, sharding, too_large, train_step
 from flip_jax.config import FinetuneConfig, MeshConfig
 from flip_jax.config_check import REMAT
 from flip_jax.runtime import UserError
@@ -103,11 +103,11 @@ def test_a_cpu_that_cannot_hold_the_batch_is_refused_before_compiling():
     images = 2**20 * 32 * 32 * 3
     with jax.set_mesh(mesh()):
         with pytest.raises(UserError, match=r"state and batch alone need .* lower it to (\d+)") as refused:
-            memory.check(config, mesh(), 3 * images)
+            too_large.check(config, mesh(), 3 * images)
         batch = int(str(refused.value).partition("lower it to ")[2])
-        memory.check(dataclasses.replace(config, global_batch_size=batch), mesh(), 3 * images)
+        too_large.check(dataclasses.replace(config, global_batch_size=batch), mesh(), 3 * images)
         with pytest.raises(UserError, match="raise config.mesh.fsdp"):
-            memory.check(config, mesh(), 1000)
+            too_large.check(config, mesh(), 1000)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_available_memory_is_the_least_that_linux_says(tmp_path, version, limit,
     for name, value in zip(names, (limit, used), strict=True):
         (top / "a" / name).write_text(value + "\n")  # the limit of the group above holds, too
     (top / "a/memory.stat").write_text("active_file 500\ninactive_file 100\n")
-    assert memory.available(tmp_path) == expected
-    assert memory.available(tmp_path / "nowhere") is None
+    assert host_memory.available(tmp_path) == expected
+    assert host_memory.available(tmp_path / "nowhere") is None
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch):
@@ -141,7 +141,7 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch):
         assert own.dtype == np.int32 and own.tolist() == [24 * 1024, machine, jax.local_device_count()]
         return np.stack([own, own, np.array([5 * 1024, machine + 1, 4], np.int32)])
 
-    monkeypatch.setattr(memory, "available", lambda: 24 * 2**30 + 5)
+    monkeypatch.setattr(host_memory, "available", lambda: 24 * 2**30 + 5)
     monkeypatch.setattr(memory.multihost_utils, "process_allgather", gather)
     assert memory.device_memory() == min(24 * 1024 // (2 * jax.local_device_count()), 5 * 1024 // 4) * MIB
 

@@ -20,7 +20,7 @@ from helpers import REPO, environment, final_params, leaves
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flip_jax import masking, metrics, sharding, trackers, train, train_step
+from flip_jax import metrics, sharding, trackers, train, train_step
 from flip_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, MeshConfig
 from flip_jax.evaluators import snapshot
 from flip_jax.models.flip import FLIP
@@ -199,7 +199,7 @@ def test_the_images_show_the_patches_that_stay(changes, kept):
     for shown, whole in zip(images["masks"], image, strict=False):
         patches = [x.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, -1) for x in (shown, whole)]
         same = np.all(patches[0] == patches[1], axis=1)
-        assert same.sum() == kept and np.all(patches[0][~same] == masking.GREY)
+        assert same.sum() == kept and np.all(patches[0][~same] == snapshot.GREY)
 
 
 def test_a_resized_image_is_shown_at_its_size():

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from helpers import REPO, environment, make_encoder, metrics, png
 
-from flip_jax import checkpoint
+from flip_jax import weights
 
 NOTEBOOK = REPO / "colab" / "flip_demo.ipynb"
 SAMPLES = 2560
@@ -99,7 +99,7 @@ def test_without_any_source_the_three_ways_are_named(tmp_path, monkeypatch):
 def test_it_runs_from_top_to_bottom(tmp_path):
     """Train briefly and use a converted model; everything else runs as a user would run it."""
     encoder = make_encoder()
-    checkpoint.write(tmp_path / "converted", encoder.params, encoder.tokenizer, encoder.config)
+    weights.write(tmp_path / "converted", encoder.params, encoder.tokenizer, encoder.config)
     (tmp_path / "own").mkdir()
     for i in range(3):
         (tmp_path / "own" / f"{i}.png").write_bytes(png(i))

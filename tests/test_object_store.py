@@ -1,23 +1,18 @@
 """A workdir in an object store, with fsspec's file system in memory in its place."""
 
+import asyncio
 import io
+import types
 
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile
+from helpers import Bucket
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flip_jax import checkpoint, metrics, trackers
+from flip_jax import checkpoint, damage, manifest, metrics, trackers
 from flip_jax.config import Config
-
-
-class Bucket(MemoryFileSystem):
-    """Takes names that begin with gs://."""
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).replace("gs://", "memory://"))
 
 
 @pytest.fixture
@@ -27,6 +22,7 @@ def bucket(monkeypatch):
     monkeypatch.setattr(epath.backend.fsspec_backend, "fs", lambda path: memory)
     yield epath.Path("gs://bucket/run")
     memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture
@@ -95,3 +91,30 @@ def test_a_step_that_is_there_but_not_complete_is_no_checkpoint(bucket):
         (bucket / "checkpoints" / str(step) / "state").mkdir(parents=True)
     (bucket / "checkpoints" / "5" / "commit_success.txt").write_text("")
     assert checkpoint.newest(bucket) == bucket / "checkpoints" / "5"
+
+
+def test_a_step_ends_with_its_manifest_and_a_damaged_one_is_set_aside(bucket, sent, capsys):
+    folder = bucket / "checkpoints"
+    for step in (5, 10):
+        (folder / str(step) / "state").mkdir(parents=True)
+        (folder / str(step) / "state" / "array").write_text("weights")
+        finishing = checkpoint._finishing(folder).from_final(folder / str(step))
+        assert finishing.get() == folder / str(step)  # object stores cannot rename
+        assert manifest.complete(folder) == [5][: step - 5]
+        finishing._checkpoint_metadata_store = types.SimpleNamespace(
+            wait_until_finished=lambda: None, update=lambda **_: None
+        )
+        asyncio.run(finishing.finalize())
+        assert sorted(path.name for path in (folder / str(step)).iterdir()) == [
+            "commit_success.txt",
+            "manifest.json",
+            "state",
+        ]
+    assert manifest.complete(folder) == [5, 10] and damage.problems(folder / "10") == []
+    (folder / "10" / "state" / "array").write_text("weighty")
+    with pytest.raises(ValueError, match="gs://bucket/run/checkpoints/10 is damaged: state/array has size"):
+        checkpoint.newest(bucket)
+    damage.set_aside(folder, strict=False)
+    assert "moved to damaged-10; the run resumes from step 5" in capsys.readouterr().out
+    assert checkpoint.newest(bucket) == folder / "5"
+    assert (folder / "damaged-10" / "state" / "array").read_text() == "weighty"

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from etils import epath
 from helpers import CONFIG, arguments, final_params, leaves, run_command
 
-from flip_jax import checkpoint, config_check, optim
+from flip_jax import config_check, optim, saved_config
 from flip_jax.config import OptimConfig
 from flip_jax.runtime import UserError
 
@@ -33,7 +34,7 @@ def test_until_the_cooldown_the_rate_has_the_same_bits_at_every_length():
 
 def test_settings_that_contradict_are_refused():
     def check(config):
-        config_check.from_flat(config_check.flatten(config))
+        saved_config.from_flat(config_check.flatten(config))
 
     check(constant(160, 128))
     with pytest.raises(UserError, match="cooldown_samples 129 are more than total_samples 160"):
@@ -55,16 +56,14 @@ def test_settings_that_contradict_are_refused():
         (1, CONFIG, constant(), False),
     ],
 )
-def test_the_length_may_change_until_a_cooldown_begins(tmp_path, monkeypatch, step, old, new, allowed):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    monkeypatch.setattr(checkpoints, "latest", lambda: step)
-    monkeypatch.setattr(checkpoint, "_read_json", lambda *_: config_check.flatten(old))
+def test_the_length_may_change_until_a_cooldown_begins(monkeypatch, step, old, new, allowed):
+    monkeypatch.setattr(saved_config, "read_json", lambda *_: config_check.flatten(old))
+    folder = epath.Path("run/checkpoints") / str(step)
     if allowed:
-        checkpoints.check_config(new)
+        saved_config.check(folder, new)
     else:
         with pytest.raises(UserError, match=rf"(?s)checkpoint .*, now .*this run is at step {step}, schedule"):
-            checkpoints.check_config(new)
-    checkpoints.close()
+            saved_config.check(folder, new)
 
 
 @pytest.mark.slow

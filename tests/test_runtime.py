@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import REPO, arguments, environment
@@ -50,13 +52,15 @@ def test_interruption_is_one_line(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def interrupt(command, stream, line_has):
-    """Sends Ctrl-C once a line of the program's output has a text; returns the exit code and what it said after it."""
+def interrupt(command, stream, line_has, *signals, seconds=0.0):
+    """Sends signals, so many seconds apart, once a line has a text; returns the exit code and the output after that."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE if stream == "stderr" else subprocess.STDOUT}
     program = subprocess.Popen(command, cwd=REPO, env=environment(), text=True, **pipes)
     for line in getattr(program, stream):
         if line_has in line:
-            program.send_signal(signal.SIGINT)
+            for number in signals:
+                program.send_signal(number)
+                time.sleep(seconds)
             break
     rest = getattr(program, stream).read()
     return program.wait(timeout=120), rest
@@ -66,21 +70,73 @@ def interrupt(command, stream, line_has):
     "program", [["main.py", "--config=configs/flip_b16.py"], ["-m", "flip_jax", "report", "--model=none"]]
 )
 def test_interrupted_imports_are_one_line(program):
-    code = 1
     for module in ("jax._src.config", "jax._src.core", "jax._src.numpy.lax_numpy"):
-        # Python loses a signal that arrives in a callback of its garbage collector; the program then ends in an error.
-        if code == 1:
-            # Python lists each module on stderr when it has been imported.
-            code, said = interrupt([sys.executable, "-X", "importtime", *program], "stderr", module)
-    ours = [line for line in said.splitlines() if not line.startswith("import time:")]
-    assert code == 130 and ours == ["interrupted"]
+        # Python lists each module on stderr when it has been imported.
+        command = [sys.executable, "-X", "importtime", *program]
+        code, said = interrupt(command, "stderr", module, signal.SIGINT)
+        ours = [line for line in said.splitlines() if not line.startswith("import time:")]
+        assert code == 130 and ours == ["interrupted"]
 
 
-def test_an_interrupted_run_ends_with_one_line(shards, tmp_path):
+def checkpoints(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_ctrl_c_saves_the_step_and_ends(shards, tmp_path):
     command = arguments(shards, tmp_path / "run", **{"total_samples": 32_000, "log.every_steps": 1})
-    code, said = interrupt(command, "stdout", "step 3/")
-    assert code == 130 and said.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in said and "Fatal" not in said
+    code, said = interrupt(command, "stdout", "step 3/", signal.SIGINT)
+    assert code == 130 and "Traceback" not in said and "Fatal" not in said
+    last = re.fullmatch(r"interrupted: saved step (\d+) of 1000 in .*; run the same command to resume", lines(said)[-1])
+    assert last[1] in checkpoints(tmp_path / "run") and not (tmp_path / "run" / "lock").exists()
+
+
+def lines(said):
+    return said.strip().splitlines()
+
+
+# A step that takes minutes, as the save waits for it; Python calls no handler while native code runs.
+LONG = """
+import os, signal, sys, time, threading
+import jax
+from flip_jax import runtime
+runtime.at_end.append(lambda: os.write(1, b"lock removed\\n"))
+with runtime.Termination() as termination:
+    if "started" in sys.argv:
+        termination.reached()
+    if "signalled" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not termination.reached():
+            time.sleep(0.01)
+    print("ready", flush=True)
+    jax.jit(lambda n: jax.lax.while_loop(lambda i: i < n, lambda i: i + 1, 0))(2**31 - 1).block_until_ready()
+    print("done", termination.reached(), termination.interrupted)
+"""
+
+
+@pytest.mark.parametrize(
+    "words, signals, code, last",
+    [
+        ([], [signal.SIGINT], 130, "SIGINT before the first step: nothing new to save; run the same command to resume"),
+        ([], [signal.SIGTERM], 0, "SIGTERM before the first step: nothing new to save; run the same command to resume"),
+        (["started"], [signal.SIGINT] * 2, 130, "interrupted again: the run ends without saving; run the same"),
+        (["started", "signalled"], [signal.SIGINT] * 2, 130, "interrupted again"),
+        (["started"], [signal.SIGTERM] * 2, 0, "done True False"),
+    ],
+)
+def test_signals_end_a_run_at_once_before_its_first_step_and_at_the_second_ctrl_c(words, signals, code, last):
+    program = LONG.replace("2**31 - 1", "2**28") if last.startswith("done") else LONG
+    ended, said = interrupt([sys.executable, "-c", program, *words], "stdout", "ready", *signals, seconds=0.1)
+    assert ended == code and "Traceback" not in said
+    assert ("lock removed" in said) == (not last.startswith("done"))
+    assert any(line.startswith(last) for line in lines(said)), said
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with runtime.Interrupts(), runtime.Termination():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_results_are_exit_codes():

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
+from flip_jax import weights
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
@@ -108,6 +110,19 @@ def trained(config: Config) -> tuple[str, ...]:
             f"{_shown(named[0])}"
         )
     return tuple(named[0])
+
+
+def check_unchanged(names: tuple[str, ...], step: epath.Path) -> None:
+    """Raises UserError if the labels of the training data meant other classes when a step was saved."""
+    saved = weights.read_class_names(step)
+    if saved is not None and saved != names:
+        changed = next((i for i, pair in enumerate(zip(saved, names, strict=False)) if pair[0] != pair[1]), None)
+        where = min(len(saved), len(names)) if changed is None else changed
+        raise UserError(
+            f"the classes of config.data.train have changed since {step} was written, first label {where}: "
+            f"{saved[where : where + 1]} then, {names[where : where + 1]} now ({len(saved)} and {len(names)} classes). "
+            "Restore the class folders, or start a new run with config.init_from"
+        )
 
 
 def _count_along(wanted):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flip_jax import untrusted
 from flip_jax.config import DataConfig
 from flip_jax.data import classes, paths
 from flip_jax.data.records import CHUNK, END, IMAGES, Pick, Record, example, example_key, sample
@@ -17,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 Row = tuple[str, list[Any], int | None, int]  # an image's path, its captions and class, and the epoch
 
+MAX_JSON = 2**30  # bytes
 MAX_COUNT = 100  # largest label where the label is a number of objects
 CLASS_CAPTION = "a photo of a {}."  # for TFDS data sets without text
 # Files and folders that systems leave among images, in lower case, besides those whose name begins with a dot.
@@ -151,8 +153,7 @@ class Karpathy(Files):
         folder = os.path.abspath(folder or os.path.dirname(file))
         if not os.path.isfile(file) or not split:
             raise UserError(f"expected karpathy:FILE.json#SPLIT with an existing file; got {file!r} and {split!r}")
-        with open(file, "rb") as opened:
-            content = opened.read()
+        content = untrusted.read_file(file, MAX_JSON)
         try:
             parsed = json.loads(content)
         except (ValueError, RecursionError) as error:

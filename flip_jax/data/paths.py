@@ -1,6 +1,7 @@
 """Paths of shards and images: brace ranges, globs, local, remote and compressed files."""
 
 import bz2
+import dataclasses
 import functools
 import glob
 import gzip
@@ -24,6 +25,8 @@ BUFFER = 2**18  # bytes
 BLOCK = 2**23  # bytes requested from a remote store at once
 MAX_RANGE = 10**7  # numbers in one pair of braces
 PARENT = '".." in a path (allowed for local files by data.allow_parent_paths)'  # the kind of such bad records
+URL = "URL in a local table (allowed by data.allow_urls)"
+TIMEOUT = 30  # seconds for each request of an image that a table names
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _REMEDIES = {  # what a store's client says, and what helps; the first that matches is added to the message
     r"ImportError|ModuleNotFoundError|Protocol not known": 'install its client, pip install -e ".[remote]"',
@@ -38,14 +41,21 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def open_file(path: str, block: int = BLOCK) -> BinaryIO:
+def open_file(path: str, block: int = BLOCK, timeout: float | None = None) -> BinaryIO:
     """Opens a buffered, seekable binary file; a remote store is asked for `block` bytes at a time.
+
+    `timeout` is for each request by HTTP; the clients of stores have their own.
 
     Opening it and reading from it raise no errors but OSError.
     """
     if not is_remote(path):
         return open(path, "rb", buffering=BUFFER)
-    filesystem, name = _ask(fsspec.url_to_fs, path)
+    options = {}
+    if timeout and path.startswith("http"):
+        import aiohttp
+
+        options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(timeout)}}
+    filesystem, name = _ask(fsspec.url_to_fs, path, **options)
     file = _ask(filesystem.open, name, "rb", block_size=block, cache_type="readahead")
     return io.BufferedReader(_RemoteFile(file), BUFFER)
 
@@ -166,12 +176,19 @@ def read_image(path: str, data: DataConfig) -> bytes | str:
         return PARENT
     if not (is_remote(path) or os.path.isfile(path)):
         return "no image"
+    if is_remote(path) and (not data.allow_urls or "::" in path or path.startswith(("file:", "local:"))):
+        return URL
     try:
-        with open_file(path) as file:
+        with open_file(path, timeout=TIMEOUT) as file:
             return file.read(MAX_IMAGE + 1)
     except OSError as error:
         _log.warning("%s: %s", path, remedy(error))
         return "unreadable image"
+
+
+def may_name_urls(data: DataConfig, table: str) -> DataConfig:
+    """Returns the settings for the images of a table: one that is remote itself may name URLs."""
+    return dataclasses.replace(data, allow_urls=data.allow_urls or is_remote(table))
 
 
 def located(name: str, folder: str) -> str:

@@ -18,7 +18,7 @@ CHUNK = 64  # records handed from thread to thread at once
 END = -1  # in place of an offset: the shard has no more records
 # Extensions of what `transforms.FORMATS` decodes, the one list of them.
 IMAGES = tuple("jpg jpeg png webp gif avif bmp tif tiff jfif jpe ppm pgm pbm pnm apng mpo".split())
-MAX_IMAGE, MAX_TEXT = 2**28, 2**20  # bytes
+MAX_IMAGE, MAX_TEXT = 2**26, 2**20  # bytes
 
 
 class BadRecord(ValueError):
@@ -62,6 +62,15 @@ def _json_list(text):
         if all(isinstance(item, str) for item in texts):
             return [item.encode(errors="replace").decode() for item in texts]  # JSON may hold lone surrogates
     return [text]
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Parses a JSON object; {} for anything else."""
+    try:
+        found = json.loads(data.decode(errors="surrogateescape"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def example(data: bytes) -> dict[str, list[Any]] | None:

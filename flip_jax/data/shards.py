@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import logging
 import os
 import re
@@ -16,7 +15,18 @@ import google_crc32c
 
 from flip_jax.config import DataConfig
 from flip_jax.data import fingerprint, paths, sources
-from flip_jax.data.records import END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record, example, example_key, sample
+from flip_jax.data.records import (
+    END,
+    IMAGES,
+    MAX_IMAGE,
+    MAX_TEXT,
+    Pick,
+    Record,
+    example,
+    example_key,
+    json_object,
+    sample,
+)
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
@@ -161,11 +171,7 @@ class WebDataset(Shards):
                 yield key, {"bad": bad} if bad else self._sample(parts), end
 
     def _sample(self, parts):
-        try:
-            fields = json.loads(parts.get("json", b"").decode(errors="surrogateescape"))
-        except (ValueError, RecursionError):
-            fields = {}
-        fields = (fields if isinstance(fields, dict) else {}) | {name: parts[name] for name in parts.keys() & {"txt"}}
+        fields = json_object(parts.get("json", b"")) | {name: parts[name] for name in parts.keys() & {"txt"}}
         label = parts.get("cls", b"").strip()
         if not re.fullmatch(rb"\d{0,9}", label):
             return {"bad": "class is no number"}

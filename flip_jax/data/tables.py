@@ -4,7 +4,6 @@ import csv
 import functools
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 
 from flip_jax.config import DataConfig
 from flip_jax.data import fingerprint, indexed, paths, shards
-from flip_jax.data.records import CHUNK, MAX_TEXT, sample
+from flip_jax.data.records import MAX_TEXT, json_object, sample
 from flip_jax.runtime import UserError
 
 # Names of columns are compared without case, blanks, "_" and "-".
@@ -47,7 +46,8 @@ class Csv(indexed.Files):
 
     def __init__(self, pattern: str, data: DataConfig):
         csv.field_size_limit(MAX_TEXT)
-        self.paths, self._data = paths.expand(pattern), data
+        self.paths = paths.expand(pattern)
+        self._data = paths.may_name_urls(data, self.paths[0])
         columns: list[list[Any]] = [[], [], []]  # the path, the caption and the label of each row, in chunks
         self._alone: list[int] = []  # rows that are never joined with others, because they are no pair
         self.without_captions = ""
@@ -279,8 +279,10 @@ class Parquet(shards.Shards):
 
     def _columns(self, schema):
         """Finds the columns: image, captions, label, the label's class names, and all with their types as text."""
-        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        described = {name: feature for name, feature in described.items() if isinstance(feature, dict)}
+        described: Any = json_object((schema.metadata or {}).get(b"huggingface", b""))
+        for key in ("info", "features"):
+            described = described.get(key) if isinstance(described, dict) else None
+        described = {k: v for k, v in described.items() if isinstance(v, dict)} if isinstance(described, dict) else {}
         types = {field.name: _kind(field.type) for field in schema}
         has = ", ".join(f"{name!r} ({field.type})" for name, field in zip(types, schema, strict=True))
         usual = find([name for name in types if types[name] == "bytes"], shards.IMAGE_FIELDS)
@@ -298,10 +300,14 @@ class Parquet(shards.Shards):
         labels = find([name for name in types if types[name] == "int"], LABELS)
         labels += [name for name, feature in described.items() if feature.get("_type") == "ClassLabel"]
         class_names = described.get(labels[0], {}).get("names") if labels else None
+        if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+            class_names = None
         return images[0], captions, labels[0] if labels else None, class_names, has
 
     def _rows(self, file, offset, folder):
         from pyarrow import parquet
+
+        from flip_jax.data import parquet_rows
 
         # Without these settings Arrow holds a whole row group in memory.
         table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
@@ -309,30 +315,26 @@ class Parquet(shards.Shards):
         names = {image, "key", label, *(name.partition("/")[0] for name in captions)}
         columns = [name for name in table.schema_arrow.names if name in names]
 
-        def stored():
-            # Skip whole row groups up to the offset without reading them, then `skip` rows of the next one.
-            group, skip = 0, offset
-            while group < table.num_row_groups and skip >= (count := table.metadata.row_group(group).num_rows):
-                group, skip = group + 1, skip - count
-            for batch in table.iter_batches(CHUNK, range(group, table.num_row_groups), columns, use_threads=False):
-                yield from batch.slice(min(skip, batch.num_rows)).to_pylist()
-                skip = max(0, skip - batch.num_rows)
-
         def same(numbered):
             number, row = numbered
+            if row is None:
+                return number
             picture = _picture(row[image])
             # A row without an image, and one without captions to join, stands for itself.
             return (picture, row.get(label)) if captions and picture else number
 
-        for _, some in itertools.groupby(enumerate(stored(), offset), key=same):
+        for _, some in itertools.groupby(enumerate(parquet_rows.read(file, table, columns, offset), offset), key=same):
             number, row = next(some)
+            if row is None:
+                yield str(number), {"bad": "too large"}, number + 1
+                continue
             texts, last = [[_value(row, name)] for name in captions], number
             for last, other in some:  # noqa: B007, B031  the last row's number is used below
                 for values, name in zip(texts, captions, strict=True):
                     values.append(_value(other, name))
             picture, value = _picture(row[image]), row.get(label)
             if isinstance(picture, str):
-                picture = paths.read_image(paths.located(picture, folder), self._data)
+                picture = paths.read_image(paths.located(picture, folder), paths.may_name_urls(self._data, folder))
             if isinstance(picture, str):
                 rest = {"bad": picture}
             elif isinstance(row[image], list) and len(row[image]) > 1:

@@ -2,6 +2,7 @@
 
 import gzip
 import html
+import io
 import json
 import pathlib
 import unicodedata
@@ -18,7 +19,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from flip_jax.runtime import UserError
 
 MAX_WORD_BYTES = 100  # of UTF-8; longer words are unknown
-MAX_VOCAB_CHARACTERS = 2**26  # of a file after unpacking
+MAX_VOCAB_CHARACTERS, MAX_ID = 2**26, 2**24  # of a file after unpacking; of tokens
 CLIP_MERGES = 48_894  # used of the 262,144 in CLIP's file; with 2 x 256 bytes and two special tokens they make 49,408
 CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
 _CLIP_WORDS = rf"{'|'.join(CLIP_SPECIAL)}|'[sſt]|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
@@ -54,11 +55,13 @@ class Tokenizer:
         WordPiece has one token per line; CLIP's byte pairs have a header with "#version", then one merge per line.
         UserError if the file is missing or is neither.
         """
+        from flip_jax import untrusted
+
         try:
-            with open(path, "rb") as file:
-                opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
-            with opener(path, "rt", encoding="utf-8") as file:
-                content = file.read(MAX_VOCAB_CHARACTERS + 1)
+            data: Any = io.BytesIO(untrusted.read_file(path))
+            if data.getvalue()[:2] == b"\x1f\x8b":
+                data = gzip.GzipFile(fileobj=data)
+            content = io.TextIOWrapper(data, "utf-8").read(MAX_VOCAB_CHARACTERS + 1)
             if len(content) > MAX_VOCAB_CHARACTERS:
                 raise UserError(f"more than {MAX_VOCAB_CHARACTERS} characters")
             lines = content.removesuffix("\n").split("\n")
@@ -95,9 +98,16 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Tokenizer":
-        """Restores a tokenizer of either kind from its `to_json`."""
-        model = content["model"]
-        return ClipTokenizer(model["merges"]) if model["type"] == "BPE" else cls(model["vocab"])
+        """Restores a tokenizer of either kind from its `to_json`. UserError if it is damaged."""
+        match content:
+            case {"model": {"type": "BPE", "merges": list(merges)}} if all(isinstance(pair, list) for pair in merges):
+                return ClipTokenizer(merges)
+            case {"model": {"vocab": dict(vocab)}} if all(type(i) is int and 0 <= i < MAX_ID for i in vocab.values()):
+                return cls(vocab)
+        raise UserError(
+            f"the tokenizer of the checkpoint is damaged: it needs merges, or a vocabulary with ids in [0, {MAX_ID}); "
+            "use another step"
+        )
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Returns token ids, int32 [len(texts), length], truncated or padded with 0."""
@@ -135,8 +145,8 @@ class ClipTokenizer(Tokenizer):
         characters = [chr(code) for code in (*printable, *others)]
         vocab = {token: i for i, token in enumerate([*characters, *(f"{c}</w>" for c in characters)])}
         for number, merge in enumerate(merges, 1):
-            if len(merge) != 2 or not vocab.keys() >= set(merge):
-                raise UserError(f"merge {number}, {' '.join(merge)!r}, does not join two earlier tokens")
+            if len(merge) != 2 or not all(isinstance(part, str) and part in vocab for part in merge):
+                raise UserError(f"merge {number}, {' '.join(map(str, merge))!r}, does not join two earlier tokens")
             vocab["".join(merge)] = len(vocab)
         self._special = {token: len(vocab) + i for i, token in enumerate(CLIP_SPECIAL)}
         self.vocab_size = len(vocab) + len(CLIP_SPECIAL)

@@ -1,9 +1,13 @@
 """Encoded images to uint8 RGB of the model's size."""
 
+import contextlib
+import functools
 import io
 import math
 import random
+import threading
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +26,11 @@ except ImportError:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # recognised by content, not by file name
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-# Pillow warns about large images and refuses larger ones. Here the limit is a setting, checked before decoding.
-Image.MAX_IMAGE_PIXELS = None
+MAX_SCANS, SCAN = 32, b"\xff\xda"  # of a progressive JPEG, each as much work as an image; libjpeg writes 10
+SMALL = 2**20  # bytes, which cost little whatever they are
+LARGE, BAND = 2**24, 2**22  # pixels: decoded one image at a time; converted at once
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are counted here
+_large, _small = threading.Lock(), contextlib.nullcontext()
 
 Window = tuple[int, int, int, int]  # left, top, width, height in pixels
 
@@ -64,9 +71,7 @@ def decode(data: bytes, size: int, settings: DataConfig, rng: random.Random | No
     The window and the flip are drawn from `rng`; without one the window is the centre square. An animation gives its
     first frame. BadImage if the image does not decode or has more than `settings.max_image_pixels`.
     """
-    image = _run_decoder(Image.open, io.BytesIO(data), formats=FORMATS)  # reads only the header
-    if image.width * image.height > settings.max_image_pixels:
-        raise BadImage("too many pixels")
+    image = open_image(data, settings)
     orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
     if rng:
@@ -77,12 +82,52 @@ def decode(data: bytes, size: int, settings: DataConfig, rng: random.Random | No
     if settings.resize == "antialias" and rng:
         # A JPEG decodes faster at a half, quarter or eighth; the window keeps at least twice the pixels it needs.
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(window[2:]) >= 2 * s * size)
-    pixels, scale = _pixels(image, data, scale, fast=settings.resize == "official")
-    pixels = _upright(pixels, orientation)
-    if pixels.shape != (math.ceil(height / scale), math.ceil(width / scale), 3):
-        raise BadImage("image does not decode")  # its header gives one size and its body another
-    pixels = _resize(pixels, [x / scale for x in window], size, settings, train=bool(rng))
+    # The decoder of a progressive JPEG holds all of it, whatever the scale.
+    held = width * height / (1 if image.info.get("progressive") else scale**2)
+    with _large if held > LARGE else _small:
+        pixels, scale = _pixels(image, data, scale, fast=settings.resize == "official")
+        del image  # with what its decoder holds
+        pixels = _upright(pixels, orientation)
+        if pixels.shape != (math.ceil(height / scale), math.ceil(width / scale), 3):
+            raise BadImage("image does not decode")  # its header gives one size and its body another
+        pixels = _resize(pixels, [x / scale for x in window], size, settings, train=bool(rng))
     return _mirrored(pixels) if rng and settings.flip and rng.random() < 0.5 else pixels
+
+
+def open_image(data: bytes, settings: DataConfig) -> Image.Image:
+    """Reads the header of an encoded image. BadImage if it is none, or would cost far more than its pixels."""
+    if data[:2] in (b"II", b"MM"):
+        from flip_jax.data import rare_images
+
+        rare_images.check_tiff(data, settings.max_image_pixels)
+    Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # twice that is Pillow's limit for frames and tiles
+    file = io.BytesIO(data) if len(data) < SMALL else _Reader(data)
+    image = _run_decoder(Image.open, file, formats=FORMATS)
+    if image.width * image.height > settings.max_image_pixels:
+        raise BadImage("too many pixels")
+    if image.format in ("JPEG", "MPO"):
+        # Most JPEGs have one scan of all components. Looking for others takes a millisecond per megabyte.
+        components = data[file.tell() - 4 - 2 * image.layers]
+        if (image.info.get("progressive") or components != image.layers) and data.count(SCAN) > MAX_SCANS:
+            from flip_jax.data import rare_images
+
+            rare_images.check_scans(data)
+    return image
+
+
+class _Reader(io.BytesIO):
+    """Bytes that may be read a few times over, and not in tiny parts: Pillow loops over the parts of a header."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self._left = 4 * len(data)
+
+    def read(self, size=-1, /):
+        found = super().read(size)
+        self._left -= 64 + len(found)
+        if self._left < 0:
+            raise OSError("too many parts")
+        return found
 
 
 def _run_decoder(call: Callable[..., Any], *arguments, **keywords):
@@ -92,6 +137,8 @@ def _run_decoder(call: Callable[..., Any], *arguments, **keywords):
     """
     try:
         return call(*arguments, **keywords)
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels") from error
     except Exception as error:
         raise BadImage("image does not decode") from error
 
@@ -111,7 +158,7 @@ def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarra
 
 def upright_rgb(image: Image.Image) -> np.ndarray:
     """Converts a whole image to uint8 RGB [height, width, 3], on white and turned as EXIF says."""
-    return _upright(np.asarray(_to_rgb(image)), _orientation(image))
+    return _upright(_rgb_pixels(image), _orientation(image))
 
 
 def _mirrored(pixels):
@@ -137,7 +184,7 @@ def _pixels(image, data, scale, fast):
     `fast` is the official code's transform, within one grey level of the exact one, which Pillow also uses.
     """
     if image.format not in ("JPEG", "MPO"):
-        return np.asarray(_to_rgb(image)), 1
+        return _rgb_pixels(image), 1
     if image.mode != "CMYK":
         width, height = (math.ceil(n / scale) for n in image.size)
         try:
@@ -145,14 +192,28 @@ def _pixels(image, data, scale, fast):
         except ValueError:
             pass  # libjpeg refuses even harmless damage; Pillow tolerates it
     _run_decoder(image.draft, None, (image.width // scale, image.height // scale))
-    return np.asarray(_to_rgb(image)), scale
+    return _rgb_pixels(image), scale
+
+
+def _rgb_pixels(image):
+    """Decodes any mode to RGB [height, width, 3]; a large image in bands, so that few copies of it are held."""
+    _run_decoder(image.load)
+    if image.mode.startswith("I") or image.mode == "F":
+        from flip_jax.data import rare_images
+
+        image = Image.fromarray(rare_images.eight_bits(image))
+    width, height = image.size
+    if width * height <= BAND:
+        return np.asarray(_to_rgb(image))
+    pixels, rows = np.empty((height, width, 3), np.uint8), max(1, BAND // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom))))
+    return pixels
 
 
 def _to_rgb(image):
-    """Converts any mode to RGB: transparency on white, more than 8 bits scaled by the range of their format."""
-    _run_decoder(image.load)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_eight_bits(image))
+    """Converts an image of 8 bits to RGB, transparency on white."""
     if image.mode == "La":  # grey multiplied by its alpha, which only converts to LA
         image = _run_decoder(image.convert, "LA")
     if "transparency" not in image.info and image.mode not in ("RGBA", "RGBa", "LA", "PA"):
@@ -161,25 +222,6 @@ def _to_rgb(image):
     white = Image.new("RGB", image.size, "white")
     white.paste(image, (0, 0), image)
     return white
-
-
-def _eight_bits(image):
-    """Scales grey values of more than 8 bits to uint8; BadImage where their range is unknown or unused."""
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
-    if image.mode == "F":
-        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
-            raise BadImage("float image outside [0, 1]")
-        return np.rint(values * 255).astype(np.uint8)
-    # Only TIFF has other widths; Pillow opens 16-bit PPM as mode I. The first tag is the number of bits, the second is
-    # 2 for signed values.
-    bits = tags.get(258, (16,))[0] if tags or image.mode != "I" or image.format in ("PNG", "PPM") else 32
-    full = 2.0 ** (bits - (tags.get(339, (1,))[0] == 2))
-    values = values.astype(np.float64)
-    if bits == 32 and full == 2.0**32:
-        values %= full  # Pillow reads unsigned 32-bit values as signed ones
-    if values.min() < 0 or (bits > 16 and 0 < values.max() < full / 256):
-        raise BadImage("integer image of unknown range")
-    return (values * (256 / full)).astype(np.uint8)
 
 
 def _upright(pixels, orientation):
@@ -198,17 +240,14 @@ def _resize(pixels, window, size, settings, train):
     pixels = pixels[y : math.ceil(top + height), x : math.ceil(left + width)]
     official = settings.resize == "official"
     if official and not (train and cykooz_resizer):
-        return _resize_official(pixels, size, train)
+        from flip_jax.data import rare_images
+
+        return rare_images.resize_official(pixels, size, train)
     left, top = left - x, top - y
     if not (train and cykooz_resizer):  # evaluation uses the exact pixels that other tools use
         box = (left, top, left + width, top + height)
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
-    kind, algorithms = cykooz_resizer.PixelType.U8x3, cykooz_resizer.Algorithm
-    algorithm = types.SimpleNamespace(  # the library's own class cannot ask for an interpolation
-        algorithm=algorithms.interpolation if official else algorithms.convolution,
-        filter_type=cykooz_resizer.FilterType.catmull_rom,
-        multiplicity=None,
-    )
+    kind, algorithm = cykooz_resizer.PixelType.U8x3, _algorithm(official)
     box = cykooz_resizer.CropBox(left, top, width, height)
     options = cykooz_resizer.ResizeOptions(algorithm, crop_box=box)
     source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes())
@@ -217,26 +256,12 @@ def _resize(pixels, window, size, settings, train):
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
-def _resize_official(pixels, size, train):
-    """Resizes as the official code does, bicubic without antialiasing; TensorFlow's oldest kernel in evaluation."""
-    for _ in range(2):  # rows first; the swap makes columns the rows of the second pass
-        index, weights = _taps(len(pixels), size, train)
-        rows = pixels.reshape(len(pixels), -1)
-        rows = sum(rows[i] * w[:, None] for i, w in zip(index.T, weights.T, strict=True))
-        pixels = rows.reshape(size, -1, 3).swapaxes(0, 1)
-    return np.rint(pixels).clip(0, 255).astype(np.uint8)
-
-
-def _taps(length, size, train):
-    """Finds the four source pixels of each of `size` pixels along one axis, and their weights: two arrays [size, 4]."""
-    scale, a = length / size, -0.5 if train else -0.75
-    place = (np.arange(size) + 0.5) * scale - 0.5 if train else np.arange(size) * scale
-    first = np.floor(place)
-    fraction = np.rint((place - first) * 1024) / 1024  # the official code has a table of 1024 weights
-    steps = np.arange(-1, 3)
-    index, d = first[:, None].astype(int) + steps, np.abs(fraction[:, None] - steps)
-    weights = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, a * (((d - 5) * d + 8) * d - 4))
-    if train:
-        weights *= (index >= 0) & (index < length)
-        weights /= weights.sum(1, keepdims=True)
-    return index.clip(0, length - 1), weights.astype(np.float32)
+@functools.cache
+def _algorithm(official):
+    """Returns the resizer's bicubic; its own class cannot ask for an interpolation."""
+    algorithms = cykooz_resizer.Algorithm
+    return types.SimpleNamespace(
+        algorithm=algorithms.interpolation if official else algorithms.convolution,
+        filter_type=cykooz_resizer.FilterType.catmull_rom,
+        multiplicity=None,
+    )

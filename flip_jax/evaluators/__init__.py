@@ -89,12 +89,6 @@ def problems(config: Config) -> list[str]:
     return reasons
 
 
-def check(config: Config) -> None:
-    """Raises UserError that names all tasks that cannot run, before time is spent on training."""
-    if reasons := problems(config):
-        raise UserError("\n".join(reasons))
-
-
 def evaluate(encoder: "Encoder", task: str, config: Config) -> dict[str, float]:
     """Returns {metric: value} of one task, the headline first."""
     return evaluate_and_count(encoder, task, config)[0]

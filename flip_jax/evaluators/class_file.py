@@ -5,6 +5,7 @@ import pathlib
 import re
 from typing import Any
 
+from flip_jax import untrusted
 from flip_jax.data import classes
 from flip_jax.runtime import UserError
 
@@ -29,7 +30,7 @@ def read(file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not path.is_file():
         raise refuse("is not a file")
     try:
-        content = path.read_bytes()
+        content = untrusted.read_file(path)
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror}") from error

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flip_jax.config import Config, DataConfig
-from flip_jax.data import classes, pipeline, sources
+from flip_jax.data import classes, eval_batches, sources
 from flip_jax.evaluators import class_file, known
 from flip_jax.evaluators.known import recorded_classes, recorded_templates
 from flip_jax.runtime import UserError, say
@@ -223,12 +223,12 @@ def _say_once(line: str) -> None:
 def batches(
     source: str, config: Config, *, with_text: bool = False, seen: Seen | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yields the batches of `pipeline.eval_dataset` with a progress bar, and counts and warns of unusable images."""
+    """Yields the batches of `eval_batches.eval_dataset` with a progress bar; counts and warns of unusable images."""
     opened = sources.open_source(source, config.data)
     total = len(opened) if opened.at_once > 1 else None  # the number of records in shards is not known in advance
     seen, skipped = Seen() if seen is None else seen, collections.Counter()
     with Progress(shortened(source), total, " images") as bar:
-        for batch in pipeline.eval_dataset(source, config, with_text=with_text):
+        for batch in eval_batches.eval_dataset(source, config, with_text=with_text):
             skipped.update(filter(None, batch["bad"]))
             seen.used += int(batch["mask"].sum())
             yield batch

@@ -1,5 +1,6 @@
 """A look at a model in training: a few images as the mask leaves them, and the logits of a few pairs."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flip_jax.models.flip import FLIP
 
 PAIRS = 64  # pairs whose logits are shown, or one per device where there are more devices
 IMAGES = 8
+GREY = 225  # of the patches that are not seen, where they are drawn
 
 
 class Snapshot:
@@ -50,6 +52,19 @@ class Snapshot:
         image = self._config.model.image
         positions = [None] * len(patch_NxKxP) if position_NxK is None else position_NxK
         grid = image.image_size // image.patch_size
-        seen = [masking.unpatchify(*pair, grid) for pair in zip(patch_NxKxP, positions, strict=True)]
+        seen = [unpatchify(*pair, grid) for pair in zip(patch_NxKxP, positions, strict=True)]
         pair = np.eye(len(logit_BxB), dtype=bool)
         return {"logits/pairs": logit_BxB[pair], "logits/others": logit_BxB[~pair]}, {"masks": np.stack(seen)}
+
+
+def unpatchify(patch_KxP: np.ndarray, position_K: np.ndarray | None, grid: int) -> np.ndarray:
+    """Draws visible patches as a uint8 image [S, S, 3] of `grid` x `grid` patches, the others in light grey.
+
+    Without positions the patches are all those of an image, which may be smaller (mask "resize").
+    """
+    if position_K is None:
+        grid, position_K = math.isqrt(len(patch_KxP)), np.arange(len(patch_KxP))
+    side = math.isqrt(patch_KxP.shape[1] // 3)
+    patch_LxP = np.full((grid**2, patch_KxP.shape[1]), GREY, np.uint8)
+    patch_LxP[position_K] = patch_KxP
+    return patch_LxP.reshape(grid, grid, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(grid * side, grid * side, 3)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from flip_jax import sharding
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
-from flip_jax.sharding import by_batch
 
 xavier = nnx.initializers.xavier_uniform()
 # The three input projections are drawn as if they were one matrix three times as wide, less sqrt(2) (official).
 _qkv_init = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+SCORES = 2**22  # of attention, computed at once on a TPU: their 16 MiB then stay in its on-chip memory
 # What is saved for the backward pass; the rest is recomputed.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -55,8 +56,10 @@ def dense(shape: tuple[int, int], axes: tuple[str, str], init, dtype: jnp.dtype,
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, by: str) -> jax.Array:
-    """Attends [B, T, heads, D] with the softmax in f32, `by` "xla" or, where there is no mask, "cudnn"."""
-    if by == "xla" or mask is not None:
+    """Attends [B, T, heads, D] with the softmax in f32, `by` one of the values of `ModelConfig.attention`."""
+    if by == "auto" and sharding.on_tpu():
+        return _attend_in_turn(query, key, value, mask)
+    if by != "cudnn" or mask is not None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     # JAX 0.10 refuses to differentiate cuDNN's attention for odd numbers of tokens: pad with one token and mask it out.
     batch, length = query.shape[:2]
@@ -68,12 +71,27 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     )[:, :length]
 
 
+def _attend_in_turn(query, key, value, mask):
+    """Attends one slice of each device's rows after the other, so that no scores are written to memory."""
+    rows, scores = len(query) // sharding.batch_shards_here(), query.shape[2] * query.shape[1] ** 2
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * scores <= max(SCORES, scores))
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (len(query), *mask.shape[1:]))
+
+    @jax.checkpoint  # the backward pass computes the scores again, because it would otherwise read all of them
+    def attend_slice(slices):
+        *qkv, mask = slices
+        return jax.nn.dot_product_attention(*qkv, mask=mask)
+
+    return sharding.in_turn(attend_slice, (query, key, value, mask), parts)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), of hidden width 4x."""
 
     def __init__(self, width: int, heads: int, config: ModelConfig, rngs: nnx.Rngs):
         self.heads, self.activation, dtype = heads, config.activation, jnp.dtype(config.dtype)
-        self.attention = config.attention if jax.default_backend() == "gpu" else "xla"
+        self.attention = config.attention if jax.default_backend() == "gpu" or config.attention != "cudnn" else "xla"
         self.norm1 = layer_norm(width, config, rngs)
         self.query = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
         self.key = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
@@ -84,7 +102,7 @@ class Block(nnx.Module):
         self.mlp2 = dense((4 * width, width), ("mlp", "embed"), xavier, dtype, rngs)
 
     def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        x = by_batch(x_BxTxD)
+        x = sharding.by_batch(x_BxTxD)
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         y = self.norm1(x)
         query, key, value = (

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 import flip_jax.models.transformer as transformer
-from flip_jax.config import ImageConfig, ModelConfig
+from flip_jax.config import ModelConfig
 
 # Mean and standard deviation of the channels, as shares of the brightest value.
 PIXEL_STATS = {
@@ -39,28 +39,6 @@ def resize_positions(table_1xTxD: jax.Array, grid: int) -> jax.Array:
         return table_1xTxD
     resized = jax.image.resize(table_1xTxD[:, 1:].reshape(1, old, old, width), (1, grid, grid, width), "cubic")
     return jnp.concatenate([table_1xTxD[:, :1], resized.reshape(1, grid**2, width)], axis=1)
-
-
-def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarray:
-    """Resizes the kernel to another patch size: it responds to a resized patch as the old one did to the patch.
-
-    Exact for larger patches, least squares for smaller ones (pseudo-inverse; FlexiViT, arXiv 2212.08013).
-    """
-    old, _, channels, width = kernel_PxPx3xD.shape
-    by_side = np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (patch_size, old), "linear"), np.float64)
-    back = np.linalg.pinv(np.kron(by_side, by_side).T)  # [patch_size**2, old**2]
-    resized = back @ np.asarray(kernel_PxPx3xD, np.float64).reshape(old**2, channels * width)
-    return resized.reshape(patch_size, patch_size, channels, width).astype(np.float32)
-
-
-def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarray:
-    """Resizes a weight ("pos_embed" or "patch_kernel") of a tower of another image or patch size to this one."""
-    if name == "patch_kernel":
-        return resize_patch_kernel(value, config.patch_size)
-    grid = config.image_size // config.patch_size
-    if config.positions == "learned":
-        return np.asarray(resize_positions(value, grid))
-    return sincos_2d(grid, config.width)  # rebuilt, as the official code does
 
 
 def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -14,7 +14,7 @@ import flip_jax
 from flip_jax import runtime
 from flip_jax.tools import COMMANDS
 
-ON_CPU = ("card", "convert")  # these only move arrays, so they leave accelerators to others
+ON_CPU = ("card", "check", "convert")  # these only move arrays, so they leave accelerators to others
 QUOTES = "put values with {...} or * in quotes, because the shell expands them"
 
 
@@ -89,7 +89,8 @@ def parse(name: str, module: Any, argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name, and return the exit code; as the program `flip`, end with it."""
     if argv is None:
-        runtime.leave(runtime.run(_run, sys.argv[1:]))
+        with runtime.Interrupts():
+            sys.exit(runtime.run(_run, sys.argv[1:]))
     return runtime.run(_run, argv)
 
 

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -17,16 +16,30 @@ from etils import epath
 from flax import nnx
 from huggingface_hub import EvalResult, ModelCardData
 
-from flip_jax import checkpoint, config_check, metrics, models
+from flip_jax import checkpoint, config_check, metrics, models, saved_config, untrusted
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from flip_jax.runtime import UserError
 from flip_jax.tools import options
+from flip_jax.untrusted import code
+from flip_jax.untrusted import markdown as escaped
 
 EXAMPLE = "flip card --model=runs/l16 --evaluation=l16.json --license=apache-2.0"
 
 JSON, MARKDOWN = "card.json", "README.md"
 TASKS = {"zeroshot": "zero-shot-image-classification", "classify": "image-classification"}  # the hub's names
+KEYS = {
+    "origin",
+    "library",
+    "license",
+    "step",
+    "samples_seen",
+    "parameters",
+    "config",
+    "tokenizer",
+    "data",
+    "evaluation",
+}
 Card = dict[str, Any]
 
 
@@ -66,14 +79,14 @@ def from_model(path: str | os.PathLike) -> Card:
     """
     folder = epath.Path(path)
     if (folder / JSON).exists() and not (folder / "checkpoints").is_dir():
-        return json.loads((folder / JSON).read_text())
+        return _earlier(folder / JSON)
     step = checkpoint.newest(path)
-    config, tokenizer = checkpoint.read_config(step), checkpoint.read_tokenizer(step)
+    config, tokenizer = saved_config.read(step), checkpoint.read_tokenizer(step)
     if step.parent.name != "checkpoints":
         return describe(config, tokenizer, "weights of unknown training")
     card, run = describe(config, tokenizer, "trained with flip_jax"), step.parent.parent
     if (run / JSON).exists():
-        earlier = json.loads((run / JSON).read_text())
+        earlier = _earlier(run / JSON)
         if earlier["step"] == int(step.name):  # the same step: keep the evaluation and license that were added
             return earlier
         card["license"] = earlier["license"]
@@ -95,6 +108,18 @@ def from_model(path: str | os.PathLike) -> Card:
     return card
 
 
+def _earlier(path):
+    """Return an earlier card; UserError if it is none."""
+    content = path.read_text() if "://" in os.fspath(path) else untrusted.read_file(path)
+    try:
+        card = json.loads(content)
+    except (ValueError, RecursionError):
+        card = None
+    if not (isinstance(card, dict) and card.keys() >= KEYS and isinstance(card["config"], dict)):
+        raise UserError(f"{path} is no model card: move it away")
+    return card
+
+
 def add_evaluation(card: Card, path: str) -> None:
     """Replace the card's evaluation by the file that `flip evaluate --json` wrote.
 
@@ -102,10 +127,12 @@ def add_evaluation(card: Card, path: str) -> None:
       UserError: the file cannot be read, is something else, or has no results.
     """
     try:
-        report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        content = untrusted.read_file(path)
     except OSError as error:
         raise UserError(f"--evaluation {path!r} cannot be read: {error.strerror}") from error
-    except ValueError:  # neither UTF-8 nor JSON
+    try:
+        report = json.loads(content.decode())
+    except (ValueError, RecursionError):  # neither UTF-8 nor JSON
         report = None
     tasks, means = (report.get(key) if isinstance(report, dict) else None for key in ("results", "means"))
     if not (isinstance(tasks, dict) and isinstance(means, dict) and all(isinstance(x, dict) for x in tasks.values())):
@@ -134,7 +161,7 @@ def write(folder: str | os.PathLike, card: Card) -> None:
 
 def markdown(card: Card, name: str) -> str:
     """Format README.md: front matter for the hub, then the facts of card.json in words."""
-    config, blank = config_check.from_flat(card["config"]), "unknown"
+    config, blank = saved_config.from_flat(card["config"]), "unknown"
     image, text, data, evaluation = config.model.image, config.model.text, card["data"], card["evaluation"]
     results = evaluation["results"] if evaluation else {}
     patches = (image.image_size // image.patch_size) ** 2
@@ -158,7 +185,7 @@ def markdown(card: Card, name: str) -> str:
             + (f", {text.visible_tokens} of {text.context_length} tokens" if "text" in card["parameters"] else ""),
             "started from": config.init_from or "random weights",
             "loss": config.model.loss if not config.finetune.classes else "cross-entropy",
-            "training data": f"`{data['train']}`",
+            "training data": code(data["train"]),
             "records": ", ".join(f"{count:,} {kind}" for kind, count in data["records"].items()) or blank,
         }
     else:
@@ -168,7 +195,7 @@ def markdown(card: Card, name: str) -> str:
         _front_matter(card, name, results),
         "---",
         "",
-        f"# {name}",
+        f"# {escaped(name)}",
         "",
         "An image classifier." if config.finetune.classes else "A CLIP-style image-text model.",
         "All settings are in card.json.",
@@ -179,14 +206,14 @@ def markdown(card: Card, name: str) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in facts.items()),
+        *(f"| {key} | {value if key == 'training data' else escaped(value)} |" for key, value in facts.items()),
         "",
         "## Evaluation",
         "",
     ]
     if results:
-        lines += [f"Measured on {evaluation['model']}.", "", "| | |", "|---|---|"]
-        lines += [f"| `{key}` | {value:.2f} |" for key, value in results.items()]
+        lines += [f"Measured on {escaped(evaluation['model'])}.", "", "| | |", "|---|---|"]
+        lines += [f"| {code(key)} | {value:.2f} |" for key, value in results.items()]
     else:
         lines += ["No evaluation is known."]
     return "\n".join(lines) + "\n"

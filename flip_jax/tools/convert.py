@@ -11,11 +11,12 @@ open_clip loads. Each has a model card.
 import argparse
 import dataclasses
 import logging
+import os
 import pathlib
 
 import jax
 
-from flip_jax import checkpoint, config_check
+from flip_jax import checkpoint, config_check, lock, runtime, saved_config, weights
 from flip_jax.config import Config, DataConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
@@ -46,7 +47,7 @@ def from_open_clip(file: str, out: str, settings: str, vocab: str, activation: s
 
 def _write(out, params, tokenizer, config):
     try:
-        checkpoint.write(out, params, tokenizer, config)
+        weights.write(out, params, tokenizer, config)
     except OSError as error:
         raise UserError(f"OUT {out!r} cannot be written ({error.strerror or error}): use another folder") from error
 
@@ -54,7 +55,7 @@ def _write(out, params, tokenizer, config):
 def to_open_clip(path: str, out: str) -> None:
     """Write the newest step of a run, or one step, as open_clip loads it."""
     step = checkpoint.newest(path)
-    config, tokenizer = checkpoint.read_config(step), checkpoint.read_tokenizer(step)
+    config, tokenizer = saved_config.read(step), checkpoint.read_tokenizer(step)
     if config.finetune.classes:
         raise UserError(
             f"{path} is a classifier (config.finetune.classes), but open_clip holds only models with two towers"
@@ -65,9 +66,9 @@ def to_open_clip(path: str, out: str) -> None:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), official.abstract_params(model)
     )
-    params = checkpoint.read_params(step, abstract, start_of=model)
+    params = weights.read_params(step, abstract, start_of=model)
     for note in open_clip.export_model(pathlib.Path(out), model, params, tokenizer):
-        print(f"note: {note}")
+        print(f"note: {runtime.plain(note)}")
     card.write(out, card.from_model(path) | {"library": "open_clip"})
 
 
@@ -99,6 +100,12 @@ def main(arguments: argparse.Namespace) -> None:
     """Run one conversion and print what it wrote."""
     logging.getLogger().setLevel(logging.ERROR)
     source, out = arguments.source, arguments.out
+    with lock.hold(f"{os.path.normpath(out)}.lock", f"OUT {out!r}"):
+        _convert(arguments, source, out)
+    print(f"{source} -> {out}")
+
+
+def _convert(arguments, source, out):
     if arguments.conversion == "official":
         if not arguments.config:
             raise UserError("official needs --config, the recipe that the checkpoint was trained with")
@@ -110,4 +117,3 @@ def main(arguments: argparse.Namespace) -> None:
         from_open_clip(source, out, arguments.open_clip_config, arguments.vocab, arguments.activation)
     else:
         to_open_clip(source, out)
-    print(f"{source} -> {out}")

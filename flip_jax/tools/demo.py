@@ -6,6 +6,7 @@ text. The page needs aiohttp (pip install -e ".[page]"), contacts no other host 
 
 import argparse
 import base64
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -15,30 +16,44 @@ import os
 import pathlib
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from flip_jax import inference, masking, runtime
+from flip_jax import inference, masking, runtime, untrusted
 from flip_jax.data import transforms
 from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, Pick, Record, sample
-from flip_jax.evaluators import zeroshot
+from flip_jax.evaluators import snapshot, zeroshot
 from flip_jax.runtime import UserError
 from flip_jax.tools import embed, options, search
 from flip_jax.tools import index as index_lib
 
 EXAMPLE = "flip demo --model=runs/b16 --images=/data/photos"
 
+CLASS_LISTS = 4  # whose embeddings are kept
 SHOWN = 24  # hits per search
 MAX_CLASSES, MAX_LENGTH = 10_000, 1000  # class names; characters of a name, a prompt or a query
 TEXT_BATCH, IMAGE_BATCH = 32, 64  # encoded at once
 TEMPLATE = "a photo of a {}."
 STRATEGIES = masking.STRATEGIES | {"resize": masking.resize}
 
-_see_image = jax.jit(masking.see_image, static_argnums=0)
+MASKS = 16  # compiled masks that are kept
+
+
+class Left(Exception):
+    """Raised where nobody waits for the answer any more."""
+
+
+def _never() -> bool:
+    return False
+
+
+@functools.lru_cache(MASKS)
+def _masker(tower):
+    return jax.jit(lambda key, image: masking.see_image(tower, key, image))
 
 
 class Folder:
@@ -75,7 +90,7 @@ class Folder:
             try:
                 content = self.content(record["key"])
             except UserError:
-                yield record | {"bad": "outside the folder"}, END
+                yield record | {"bad": "outside the folder"}, END  # or no file any more
             except OSError:
                 yield record | {"bad": "cannot be read"}, END
             else:
@@ -83,12 +98,11 @@ class Folder:
 
     def content(self, key: str) -> bytes:
         """Return the bytes of an image file; UserError for a key that is not in the folder or leads out of it."""
-        # Resolved again at each call, because a file may have become a link since the folder was listed.
+        # Resolved again at each call, because a file may have become a link or a pipe since the folder was listed.
         path = os.path.realpath(os.path.join(self._root, self._paths.get(key, "")))
         if key not in self._paths or os.path.commonpath([path, self._root]) != self._root:
             raise UserError(f"{key[:100]!r} is not one of the images in the folder.")
-        with open(path, "rb") as file:
-            return file.read(MAX_IMAGE + 1)
+        return untrusted.read_file(path, MAX_IMAGE)
 
 
 class Demo:
@@ -102,9 +116,7 @@ class Demo:
         """`work` is an empty folder for the embeddings of the images."""
         index_lib.refuse_classifier(encoder)
         self._encoder, self._name, self._folder = encoder, name, None
-        self._classes = functools.lru_cache(4)(
-            lambda names, template: zeroshot.class_embeddings(encoder, names, [template], TEXT_BATCH)
-        )
+        self._known: collections.OrderedDict[tuple[Any, str], np.ndarray] = collections.OrderedDict()
         if images:
             self._folder = Folder(images)
             batch_size = min(IMAGE_BATCH, len(self._folder))
@@ -135,15 +147,36 @@ class Demo:
             raise UserError("There is no folder of images: start the page with --images=FOLDER.")
         return self._folder.content(key)
 
-    def classify(self, content: bytes, names: str, template: str) -> list[dict[str, Any]]:
-        """Return {"name", "share", "cosine"} of each class name (one per line), likeliest first; softmax shares."""
+    def _classes(self, names, template, left):
+        """Return the embeddings of class names; those of the last four lists are kept."""
+        key = names, template
+        if key not in self._known:
+            embedded = []
+            for i in range(0, len(names), TEXT_BATCH):
+                if left():
+                    raise Left
+                some = names[i : i + TEXT_BATCH]
+                embedded.append(zeroshot.class_embeddings(self._encoder, some, [template], TEXT_BATCH))
+            self._known[key] = np.concatenate(embedded)
+        self._known.move_to_end(key)
+        if len(self._known) > CLASS_LISTS:
+            self._known.popitem(last=False)
+        return self._known[key]
+
+    def classify(
+        self, content: bytes, names: str, template: str, left: Callable[[], bool] = _never
+    ) -> list[dict[str, Any]]:
+        """Return {"name", "share", "cosine"} of each class name (one per line), likeliest first; softmax shares.
+
+        `left` tells whether nobody waits for the answer any more; then the work ends.
+        """
         classes = list(dict.fromkeys(filter(None, map(str.strip, names.splitlines()))))
         if not 1 <= len(classes) <= MAX_CLASSES:
             raise UserError(f"Give 1 to {MAX_CLASSES:,} class names, one per line; there are {len(classes):,}.")
         if template.count("{}") != 1:
             raise UserError(f"The prompt needs one {{}} for the class name, got {template[:100]!r}.")
         _check_length(template, *classes)
-        class_CxE = self._classes(tuple(classes), template)
+        class_CxE = self._classes(tuple(classes), template, left)
         image_E = np.asarray(self._encoder.encode_image(self._pixels(content)[None]))[0]
         cosine_C = class_CxE @ image_E
         share_C = np.exp(self._encoder.scale() * (cosine_C - cosine_C.max()))
@@ -153,7 +186,7 @@ class Demo:
             for i in np.argsort(-cosine_C, kind="stable")
         ]
 
-    def search(self, text: str) -> list[dict[str, Any]]:
+    def search(self, text: str, left: Callable[[], bool] = _never) -> list[dict[str, Any]]:
         """Return {"key", "score", "image"} of the nearest images; an "error" may replace the "image"."""
         if not self._folder:
             raise UserError("There is no folder to search: start the page with --images=FOLDER.")
@@ -163,12 +196,16 @@ class Demo:
         (hits,) = self._index.nearest(self._encoder.encode_text([text.strip()]), SHOWN)
         found = []
         for hit in hits:
+            if left():
+                raise Left
             image = self._thumbnails(hit)
             shown = {"image": _data_url(image)} if isinstance(image, np.ndarray) else {"error": image}
             found.append({"key": hit.key, "score": hit.score} | shown)
         return found
 
-    def mask(self, content: bytes, strategy: str, ratio: float, seed: int) -> dict[str, Any]:
+    def mask(
+        self, content: bytes, strategy: str, ratio: float, seed: int, left: Callable[[], bool] = _never
+    ) -> dict[str, Any]:
         """Return the image as the model takes it, "whole", and what a training step would see of it, "kept"."""
         model = self._encoder.config.model
         if strategy not in STRATEGIES:
@@ -178,8 +215,11 @@ class Demo:
         tower = dataclasses.replace(model.image, mask=strategy, mask_ratio=ratio)
         masking.check(tower, dataclasses.replace(model.text, mask_ratio=0.0))
         grid, image_SxSx3 = tower.image_size // tower.patch_size, self._pixels(content)
-        patch_1xKxP, position_1xK = jax.device_get(_see_image(tower, jax.random.key(seed), image_SxSx3[None]))
-        kept = masking.unpatchify(patch_1xKxP[0], None if position_1xK is None else position_1xK[0], grid)
+        if strategy != "grid":  # which takes three ratios only
+            # One ratio for each number of patches, in the middle of those that leave it: each is compiled.
+            tower = dataclasses.replace(tower, mask_ratio=max(0.0, 1 - (tower.visible_patches + 0.5) / grid**2))
+        patch_1xKxP, position_1xK = jax.device_get(_masker(tower)(jax.random.key(seed), image_SxSx3[None]))
+        kept = snapshot.unpatchify(patch_1xKxP[0], None if position_1xK is None else position_1xK[0], grid)
         return {
             "whole": _data_url(image_SxSx3, "PNG"),
             "kept": _data_url(kept, "PNG"),

@@ -4,17 +4,23 @@ import asyncio
 import ipaddress
 import logging
 import pathlib
+import signal
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-from aiohttp import web
+from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from flip_jax.runtime import UserError
 from flip_jax.tools.demo import Demo
 
 MAX_UPLOAD = 2**25  # bytes of a form, nearly all of them the image
+MAX_FIELDS = 10
+MAX_CONNECTIONS, IDLE = 64, 15  # at once; seconds that one without a request stays open
+READ_TIMEOUT = 60  # seconds in which a form must have arrived
 FILES = {"/": "demo.html", "/demo.css": "demo.css", "/demo.js": "demo.js"}
 HEADERS = {
     # The page loads nothing from elsewhere, and an image dropped on it cannot change that.
@@ -37,29 +43,35 @@ def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
     input is status 400 (or 403, 404, 413) with {"error": reason}.
     """
     about = demo.about() | {"max_upload": MAX_UPLOAD}
-    one_at_a_time = asyncio.Lock()
+    # Two images at a time would double the memory and be no faster.
+    one_at_a_time = ThreadPoolExecutor(1, "flip_jax-demo")
 
     async def ask(function, *arguments) -> web.Response:
-        async with one_at_a_time:  # two images at a time would double the memory and be no faster
-            return web.json_response(await asyncio.to_thread(function, *arguments))
+        """Answer with a method's result; if the client leaves, it is not begun or ends early."""
+        left = threading.Event()
+        try:
+            work = asyncio.get_running_loop().run_in_executor(one_at_a_time, function, *arguments, left.is_set)
+            return web.json_response(await work)
+        finally:
+            left.set()
 
     async def classify(request: web.Request) -> web.Response:
-        form = await request.post()
+        form = await _form(request)
         return await ask(
             demo.classify, _image(demo, form), _text(form, "names"), _text(form, "template", about["template"])
         )
 
     async def mask(request: web.Request) -> web.Response:
-        form = await request.post()
+        form = await _form(request)
         ratio_text, seed_text = _text(form, "ratio", str(about["mask_ratio"])), _text(form, "seed", "0")
         try:
             ratio, seed = float(ratio_text), int(seed_text) % 2**31
         except ValueError as error:
-            raise UserError(f"The ratio and the seed of a mask must be numbers: {error}.") from error
+            raise UserError(f"The ratio and the seed of a mask must be numbers: {str(error)[:100]}.") from error
         return await ask(demo.mask, _image(demo, form), _text(form, "strategy", about["mask"]), ratio, seed)
 
     async def search(request: web.Request) -> web.Response:
-        return await ask(demo.search, _text(await request.post(), "text"))
+        return await ask(demo.search, _text(await _form(request), "text"))
 
     async def say_about(_) -> web.Response:
         return web.json_response(about)
@@ -76,8 +88,8 @@ def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
             return _refusal(f"The upload is larger than {MAX_UPLOAD // 2**20} MiB.", 413)
         except web.HTTPException as error:
             return _refusal(error.reason, error.status)
-        except HttpProcessingError:
-            return _refusal("The form is damaged.", 400)
+        except TimeoutError:
+            return _refusal(f"The form did not arrive within {READ_TIMEOUT} s.", 408)
         except UserError as error:
             return _refusal(str(error), 400)
         except Exception:  # a bug: the page stays up, and the terminal shows the trace
@@ -104,15 +116,50 @@ def run(demo: Demo, listener: socket.socket) -> None:
     else:
         print(f"anyone who can reach {host} can use this page", flush=True)
     print(f"http://{host}:{port}  (Ctrl-C stops it)", flush=True)
-    web.run_app(make_app(demo, hosts), sock=listener, print=None, access_log=None, shutdown_timeout=1)
+    asyncio.run(_serve(make_app(demo, hosts), listener))
+
+
+async def _serve(app, listener):
+    """Answer requests until a signal, on at most `MAX_CONNECTIONS` connections."""
+    runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE, shutdown_timeout=1, handler_cancellation=True)
+    await runner.setup()
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    listening = await loop.create_server(lambda: _connection(runner.server), sock=listener)
+    await stop.wait()
+    listening.close()
+    await runner.cleanup()
+
+
+def _connection(server):
+    """Return what answers on a new connection; one that has asked nothing for a while is closed."""
+    if len(server.connections) >= MAX_CONNECTIONS:
+        return _Full()
+    handler = server()
+    asyncio.get_running_loop().call_later(
+        IDLE, lambda: handler.transport and not handler.current_request and handler.transport.close()
+    )
+    return handler
+
+
+class _Full(asyncio.Protocol):
+    """Closes a connection at once."""
+
+    def connection_made(self, transport):
+        transport.close()
 
 
 def _check_origin(request, hosts):
     """Refuse requests of other sites open in the browser, also under their own name for this machine's address."""
-    if hosts and urlsplit(f"//{request.host}").hostname not in hosts:
+    origin = request.headers.get("Origin", "")
+    try:
+        host, origin_host = urlsplit(f"//{request.host}").hostname, urlsplit(origin).netloc
+    except ValueError as error:
+        raise web.HTTPBadRequest(reason="Host or Origin is not an address.") from error
+    if hosts and host not in hosts:
         raise web.HTTPForbidden(reason="This page answers to this machine's own address only.")
-    origin = request.headers.get("Origin")
-    if origin and urlsplit(origin).netloc != request.host:
+    if origin and origin_host != request.host:
         raise web.HTTPForbidden(reason="Another site asked, and this page answers to itself only.")
 
 
@@ -120,11 +167,42 @@ def _refusal(reason, status):
     return web.json_response({"error": reason}, status=status)
 
 
+async def _form(request):
+    """Return the fields of a form: text, which must be UTF-8 whatever the form says, and the bytes of an image."""
+    try:
+        async with asyncio.timeout(READ_TIMEOUT):
+            if request.content_type == "application/x-www-form-urlencoded":
+                return dict(
+                    parse_qsl((await request.read()).decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+                )
+            if request.content_type != "multipart/form-data":
+                return {}
+            form, count, size, parts = {}, 0, 0, await request.multipart()
+            while part := await parts.next():
+                count += 1
+                if not isinstance(part, BodyPartReader) or not part.name or count > MAX_FIELDS:
+                    raise UserError(f"A form has at most {MAX_FIELDS} fields, each with a name.")
+                content = bytearray()
+                while chunk := await part.read_chunk(2**16):  # as it is: a stranger's encodings are never undone
+                    content += chunk
+                    size += len(chunk)
+                    if size > MAX_UPLOAD:
+                        raise web.HTTPRequestEntityTooLarge(MAX_UPLOAD, size)
+                form[part.name] = bytes(content) if part.filename is not None else content.decode()
+            return form
+    except UnicodeDecodeError as error:
+        raise UserError("The text of a form must be UTF-8.") from error
+    except (ValueError, HttpProcessingError) as error:  # as aiohttp says that a form is damaged
+        if isinstance(error, UserError):
+            raise
+        raise UserError("The form is damaged.") from error
+
+
 def _image(demo, form):
     """Return the bytes of a form's image: an upload, or a key of the folder."""
     value = form.get("image")
-    if isinstance(value, web.FileField):
-        return value.file.read()
+    if isinstance(value, bytes):
+        return value
     if isinstance(key := form.get("key"), str):
         return demo.content(key)
     raise UserError("Drop an image first.")

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from flip_jax import inference, runtime
+from flip_jax import inference, lock, runtime
 from flip_jax.config import DataConfig
 from flip_jax.data import sources, transforms
 from flip_jax.data.records import CHUNK, END, Pick, Record
@@ -109,7 +109,7 @@ class Embedding:
             raise UserError(f"--source {identity['source']!r} is empty")
         self.units = len(source) if source.at_once == 1 else -(-len(source) // self._rows)
         options.make_folder("--out", out)
-        names = {name for name in os.listdir(out) if not name.endswith(".new")}
+        names = {name for name in os.listdir(out) if not name.endswith(".new") and not name.startswith(lock.NAME)}
         if index_lib.INDEX in names:
             self.index = index_lib.read_index(out / index_lib.INDEX)
             for key, ours in identity.items():
@@ -352,20 +352,22 @@ def main(arguments: argparse.Namespace) -> None:
     data = encoder.config.data
     if arguments.tfds_dir:
         data = dataclasses.replace(data, tfds_dir=arguments.tfds_dir)
-    index = write_index(
-        encoder,
-        arguments.model,
-        open_source(arguments.source, data, arguments.texts),
-        data,
-        arguments.out,
-        name=arguments.source,
-        texts=arguments.texts,
-        dtype=arguments.dtype,
-        rows_per_part=arguments.rows,
-        batch_size=arguments.batch_size,
-        process=process,
-        processes=processes,
-    )
+    own = arguments.out / f"{lock.NAME}-{process}"  # each process writes parts of its own
+    with lock.hold(own, f"--out {str(arguments.out)!r}"):
+        index = write_index(
+            encoder,
+            arguments.model,
+            open_source(arguments.source, data, arguments.texts),
+            data,
+            arguments.out,
+            name=arguments.source,
+            texts=arguments.texts,
+            dtype=arguments.dtype,
+            rows_per_part=arguments.rows,
+            batch_size=arguments.batch_size,
+            process=process,
+            processes=processes,
+        )
     if not index:
         print(f"{arguments.out}: the share of process {process} is done; other processes are still writing")
         return

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from matplotlib.figure import Figure
 
-from flip_jax import checkpoint, config_check, evaluators, inference, runtime, sharding
+from flip_jax import checkpoint, config_check, evaluators, inference, runtime, saved_config, sharding
 from flip_jax.config import Config
 from flip_jax.evaluators import datasets, known
 from flip_jax.runtime import UserError
@@ -34,7 +34,7 @@ def change_settings(config: Config, changes: Mapping[str, object], shards: int) 
     """Return the run's settings with the changes of the command line and a batch that divides by the devices."""
     flat = config_check.flatten(config) | {key: value for key, value in changes.items() if value}
     flat["eval.batch_size"] = -(-flat["eval.batch_size"] // shards) * shards
-    return config_check.from_flat(flat)
+    return saved_config.from_flat(flat)
 
 
 class Outcome(NamedTuple):
@@ -134,7 +134,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
 
 def _say(line, file=None):
     if jax.process_index() == 0:
-        print(line, file=file, flush=True)
+        print(runtime.plain(line), file=file, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

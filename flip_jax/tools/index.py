@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from tqdm import tqdm
 
-from flip_jax import config_check, inference
+from flip_jax import config_check, inference, untrusted
 from flip_jax.config import ModelConfig
 from flip_jax.data.records import CHUNK
 from flip_jax.runtime import UserError
@@ -27,6 +28,7 @@ from flip_jax.runtime import UserError
 INDEX, BAD = "index.json", "bad.jsonl"
 BLOCK = 8192  # embeddings compared at once
 COLUMNS = {"key": pa.string(), "texts": pa.list_(pa.string()), "item": pa.int64(), "offset": pa.int64()}
+PART = re.compile(r"part-\d{6,}-\d{4,}")  # nothing that leads out of the folder
 _META = b"flip_jax"
 
 
@@ -86,9 +88,13 @@ def write_part(
 
 def read_index(path: pathlib.Path) -> dict[str, Any]:
     """Read index.json; UserError if it is damaged."""
+    content = untrusted.read_file(path)
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        settings = json.loads(content)
+        if not isinstance(settings, dict):
+            raise ValueError("no group of settings")
+        return settings
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: delete it and run `flip embed` again") from error
 
 
@@ -122,6 +128,9 @@ class Index:
         if "parts" not in self.settings:
             raise UserError(f"--index {str(folder)!r} is not complete: run `flip embed` again to finish it")
         self._folder, self._parts = folder, self.settings["parts"]
+        named = {name: count for name, count in self._parts.items() if PART.fullmatch(name) and type(count) is int}
+        if named != self._parts:
+            raise UserError(f"{path} names parts that `flip embed` does not write: run it again")
         for name in self._parts:
             if not (path := part_path(folder, name)).is_file():
                 raise UserError(f"{path} is missing: run `flip embed` again")

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+from flip_jax import runtime
 from flip_jax.config import DataConfig
 from flip_jax.data import records, sources, transforms
 from flip_jax.tools import drawing, options
@@ -207,4 +208,4 @@ def main(arguments: argparse.Namespace) -> None:
     summary = inspect(source, data, arguments.limit)
     rate = summary.read / (time.perf_counter() - start)
     summary.draw(arguments.out / GRID_FILE)
-    print(f"{summary}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}")
+    print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}")

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from flip_jax import lock
 from flip_jax.config import DataConfig
 from flip_jax.data import records, transforms
 from flip_jax.runtime import UserError
@@ -60,7 +61,7 @@ class Preparation:
             self.bad, self._saved = Counter(saved["bad"]), saved["part_bytes"]
         else:
             options.make_folder("--out", out)
-            if set(os.listdir(out)) - {"progress.new"}:
+            if set(os.listdir(out)) - {"progress.new", lock.NAME}:
                 raise UserError(f"--out {str(out)!r} is not empty and not from this command: use another folder")
             self._save()
 
@@ -152,7 +153,7 @@ class Preparation:
 def members(record: records.Record, shortest_side: int | None, data: DataConfig) -> list[tuple[str, bytes]]:
     """Return a webdataset sample's files as (extension, content); BadImage if training cannot use the record."""
     inspect.decode(record, DECODED, data)
-    extension, image = reduced(record["image"], shortest_side)
+    extension, image = reduced(record["image"], shortest_side, data)
     texts = record["texts"]
     parts = [(extension, image)]
     if len(texts) > 1:
@@ -162,9 +163,9 @@ def members(record: records.Record, shortest_side: int | None, data: DataConfig)
     return parts + ([] if record["label"] is None else [("cls", b"%d" % record["label"])])
 
 
-def reduced(data: bytes, shortest_side: int | None) -> tuple[str, bytes]:
+def reduced(data: bytes, shortest_side: int | None, settings: DataConfig) -> tuple[str, bytes]:
     """Return an encoded image's extension and bytes, as a smaller JPEG if its shorter side is above `shortest_side`."""
-    image = Image.open(io.BytesIO(data), formats=transforms.FORMATS)
+    image = transforms.open_image(data, settings)
     if not shortest_side or min(image.size) <= shortest_side:
         # Readers recognise other formats by their content, whatever the extension says.
         extension = image.format.lower()
@@ -225,7 +226,9 @@ def main(arguments: argparse.Namespace) -> None:
     options.require(arguments, "source", "out")
     settings = {name: getattr(arguments, name) for name in ("source", "captions", "shards", "shortest_side", "seed")}
     source, data = inspect.open_source(arguments)
-    done = prepare(source, data, pathlib.Path(arguments.out), settings | {"items": len(source)})
+    out = pathlib.Path(arguments.out)
+    with lock.hold(out / lock.NAME, f"--out {str(out)!r}"):
+        done = prepare(source, data, out, settings | {"items": len(source)})
     print(f"{done.read} records read: {done.written} written to {done.shards} shards, {done.bad.total()} bad")
     for kind, count in done.bad.most_common():
         print(f"  bad: {count} {kind}")

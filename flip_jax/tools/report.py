@@ -5,6 +5,7 @@ loss.png and classify.png.
 """
 
 import argparse
+import contextlib
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from flip_jax import evaluators, metrics
+from flip_jax import evaluators, lock, metrics
 from flip_jax.config import Config
 from flip_jax.evaluators import datasets, zeroshot
 from flip_jax.inference import Encoder, load
@@ -108,4 +109,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `flip report`."""
-    report(pathlib.Path(arguments.model), [text for text in arguments.queries.split(",") if text])
+    folder, queries = pathlib.Path(arguments.model), [text for text in arguments.queries.split(",") if text]
+    with lock.hold(folder / "report.lock", f"{folder}/report") if folder.is_dir() else contextlib.nullcontext():
+        report(folder, queries)

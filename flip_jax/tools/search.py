@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flip_jax import inference, runtime
+from flip_jax import inference, runtime, untrusted
 from flip_jax.config import DataConfig
 from flip_jax.data import records, transforms
 from flip_jax.runtime import UserError
@@ -28,20 +28,15 @@ from flip_jax.tools.index import Hit, Index
 EXAMPLE = 'flip search --index=index --model=runs/b16 --text="a red fox" --out=hits.html'
 
 SIZE = 160  # pixels of an image on a page of hits
-# Captions are data: control characters in them could change what the terminal shows.
-ESCAPES = str.maketrans({code: " " for code in (*range(32), *range(127, 160))})
 Query = tuple[str, np.ndarray | None]  # title, and the image if the query is one
 
 
 def query_image(path: str, size: int, data: DataConfig) -> np.ndarray:
     """Decode an image file as the model takes it, uint8 [size, size, 3]; UserError if it cannot be used."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(records.MAX_IMAGE + 1)
+        content = untrusted.read_file(path, records.MAX_IMAGE)
     except OSError as error:
         raise UserError(f"--image {path!r} cannot be read ({error.strerror})") from error
-    if len(content) > records.MAX_IMAGE:
-        raise UserError(f"--image {path!r} has more than {records.MAX_IMAGE} bytes: use a smaller image")
     try:
         return transforms.decode(content, size, data)
     except transforms.BadImage as error:
@@ -147,7 +142,8 @@ def main(arguments: argparse.Namespace) -> None:
     for (title, _), found in zip(queries, hits, strict=True):
         print(title)
         for hit in found:
-            print(f"  {hit.score:.4f}  {hit.key}  {' | '.join(hit.texts)}".translate(ESCAPES))
+            row = f"{hit.score:.4f}  {hit.key}  {' | '.join(hit.texts)}"
+            print(f"  {untrusted.plain(row, lines=False)}")
     if out:
         options.write_text("--out", out, page(queries, hits, thumbnails))
         print(f"written: {out}")

@@ -8,9 +8,10 @@ import shutil
 import fsspec
 import jax.numpy as jnp
 import pytest
+from etils import epath
 from helpers import CONFIG, png, samples, write_tar
 
-from flip_jax import checkpoint
+from flip_jax import checkpoint, saved_config, weights
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
 from flip_jax.data import fingerprint, pipeline
 from flip_jax.data.tokenizer import Tokenizer
@@ -131,16 +132,10 @@ def test_the_captions_are_described_and_a_batch_above_the_source_is_warned_of(fo
 
 
 def test_only_a_checkpoint_that_knows_its_files_resumes_under_another_name(tmp_path):
-    class Manager(checkpoint.Checkpoints):
-        def __init__(self, state):
-            self.directory = checkpoint._absolute(tmp_path)
-            (tmp_path / "5" / "data").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "5" / "data" / "process_0-of-1.json").write_text(json.dumps(state))
-
-        def latest(self):
-            return 5
-
-    assert Manager({"sources": []})._knows_data() and not Manager({"shards": [3]})._knows_data()
+    (tmp_path / "data").mkdir()
+    for state, knows in (({"sources": []}, True), ({"shards": [3]}, False)):
+        (tmp_path / "data" / "process_0-of-1.json").write_text(json.dumps(state))
+        assert saved_config._knows_data(epath.Path(tmp_path)) == knows
 
 
 @pytest.mark.parametrize("name", ["run[v2]", "what?", "a*b"])
@@ -155,5 +150,5 @@ def test_a_workdir_with_other_characters_is_read_back(tmp_path, name):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     folder = f"{tmp_path}/link/{name}"
-    checkpoint.write(folder, {"a": jnp.arange(3.0)}, TOKENIZER, dataclasses.replace(CONFIG, seed=9))
-    assert checkpoint.read_config(checkpoint.newest(folder)).seed == 9
+    weights.write(folder, {"a": jnp.arange(3.0)}, TOKENIZER, dataclasses.replace(CONFIG, seed=9))
+    assert saved_config.read(checkpoint.newest(folder)).seed == 9

@@ -14,7 +14,7 @@ import pytest
 from helpers import FIXTURES, REPO, png, samples, write_tar
 
 from flip_jax.config import Config, DataConfig, EvalConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, sources, transforms
+from flip_jax.data import eval_batches, pipeline, sources, transforms
 from flip_jax.data import shards as shard_files
 from flip_jax.data.records import END
 from flip_jax.data.tokenizer import Tokenizer
@@ -329,7 +329,7 @@ def test_evaluation_gives_every_image_once_and_all_processes_as_many_batches(sha
     settings, seen, lengths = config(shards, rows=12), [], []
     for p in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda p=p: p)
-        mine = list(pipeline.eval_dataset(settings.data.train, settings, with_text=True))
+        mine = list(eval_batches.eval_dataset(settings.data.train, settings, with_text=True))
         lengths.append(len(mine))
         for batch in mine:
             rows = 12 // processes
@@ -349,13 +349,13 @@ def test_evaluation_gives_every_image_once_and_all_processes_as_many_batches(sha
         assert label == (-1 if number == 8 else number % 7)
         np.testing.assert_array_equal(image, transforms.decode(png(number), 16, settings.data))
         assert texts == ([] if number in (8, 12) else [f"picture {number}"])
-    assert "texts" not in next(pipeline.eval_dataset(settings.data.train, settings))
+    assert "texts" not in next(eval_batches.eval_dataset(settings.data.train, settings))
 
 
 def test_evaluation_batches_must_divide_by_the_processes(shards, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 5)
     with pytest.raises(UserError, match="config.eval.batch_size 8 does not divide by the 5 processes"):
-        pipeline.eval_dataset(f"webdataset:{shards}", config(shards))
+        eval_batches.eval_dataset(f"webdataset:{shards}", config(shards))
 
 
 def test_the_caption_sample_is_bounded_and_always_the_same(shards):

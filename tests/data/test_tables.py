@@ -15,7 +15,7 @@ from helpers import png, records, write_tar
 from pyarrow import parquet
 
 from flip_jax.config import Config, DataConfig, EvalConfig
-from flip_jax.data import paths, pipeline, sources
+from flip_jax.data import eval_batches, paths, pipeline, sources
 from flip_jax.data import shards as shard_files
 from flip_jax.runtime import UserError
 
@@ -100,7 +100,7 @@ def test_lines_are_captions_of_their_own_only_in_text_files_of_tars_that_are_eva
     write_tar(folder / "1.tar", [("0.png", png(0)), ("0.json", json.dumps({"caption": text}).encode())])
     config = Config(eval=EvalConfig(batch_size=1))
     captions = {
-        name: next(pipeline.eval_dataset(f"{name[0]}:{folder}/{name[1]}", config, with_text=True))["texts"][0]
+        name: next(eval_batches.eval_dataset(f"{name[0]}:{folder}/{name[1]}", config, with_text=True))["texts"][0]
         for name in (
             ("csv", "0.csv"),
             ("parquet", "0.parquet"),

@@ -332,9 +332,8 @@ def test_tasks_that_do_not_suit_the_model_are_refused(classified, evaluator, cla
 LOADED = """
 import sys
 from flip_jax import evaluators
-from flip_jax.config import Config, EvalConfig, FinetuneConfig
 from flip_jax.config import Config, EvalConfig
-evaluators.check(Config(eval=EvalConfig(every_steps={every_steps}, tasks={tasks})))
+assert not evaluators.problems(Config(eval=EvalConfig(every_steps={every_steps}, tasks={tasks})))
 print(*sys.modules)
 """
 

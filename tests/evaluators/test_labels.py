@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from helpers import Features, Known, eval_config, picture, unit, write_samples
 
-from flip_jax import checkpoint, evaluators
+from flip_jax import evaluators, weights
 from flip_jax.config import FinetuneConfig
 from flip_jax.evaluators import datasets
 from flip_jax.runtime import UserError
@@ -82,10 +82,10 @@ def test_a_checkpoint_from_before_names_were_saved_keeps_its_order(tmp_path, cap
 def test_class_names_are_read_from_a_checkpoint(tmp_path):
     import orbax.checkpoint as ocp
 
-    assert checkpoint.read_class_names(epath.Path(tmp_path)) is None
+    assert weights.read_class_names(epath.Path(tmp_path)) is None
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "class_names", args=ocp.args.JsonSave(list(NAMES)))
-    assert checkpoint.read_class_names(epath.Path(tmp_path)) == NAMES
+    assert weights.read_class_names(epath.Path(tmp_path)) == NAMES
 
 
 @pytest.mark.parametrize("evaluator", ["linear_probe", "few_shot"])

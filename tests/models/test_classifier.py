@@ -16,7 +16,7 @@ import scipy.special
 from flax import nnx
 from helpers import REPO, arguments, environment, final_params, leaves, metrics, run_command
 
-from flip_jax import config_check, evaluators, inference, models, optim, sharding, train_step
+from flip_jax import config_check, evaluators, inference, models, optim, saved_config, sharding, train_step
 from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, MeshConfig, ModelConfig
 from flip_jax.data import pipeline
 from flip_jax.models import classifier
@@ -141,9 +141,9 @@ def test_steps_are_the_same_on_any_layout():
 )
 def test_settings_that_make_no_sense_are_refused(change, message):
     settings = Config(model=ModelConfig(image=ImageConfig(mask_ratio=0.0)), finetune=FinetuneConfig(classes=5))
-    config_check.from_flat(config_check.flatten(settings))
+    saved_config.from_flat(config_check.flatten(settings))
     with pytest.raises(ValueError, match=message):
-        config_check.from_flat(config_check.flatten(dataclasses.replace(settings, **change)))
+        saved_config.from_flat(config_check.flatten(dataclasses.replace(settings, **change)))
 
 
 def test_the_recipe_is_mae_s(load_recipe):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import NamedSharding, PartitionSpec
 
-from flip_jax import masking, models
-from flip_jax.config import Config
+from flip_jax import masking, models, sharding
+from flip_jax.config import Config, MeshConfig
 from flip_jax.models import transformer
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
@@ -134,6 +135,31 @@ def test_a_caption_of_padding_alone_leaves_the_gradients_finite():
     np.testing.assert_array_equal(text_BxE[1], 0)
     np.testing.assert_allclose(jnp.linalg.norm(text_BxE[jnp.array([0, 2, 3])], axis=1), 1, rtol=1e-6)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "causal"])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_attention_in_slices_of_rows_is_attention(mask, shards, monkeypatch):
+    """Values and gradients of what TPUs do; each device's 3 or 6 rows of 196 scores are taken two or one at a time."""
+    masks = {
+        "none": None,
+        "padding": jnp.arange(7)[None, None, None] < jnp.arange(1, 13)[:, None, None, None] % 7 + 1,
+        "causal": jnp.tril(jnp.ones((1, 1, 7, 7), bool)),
+    }
+
+    def loss(qkv, by):
+        return jnp.sum(jnp.sin(transformer.attend(*qkv, masks[mask], by)))
+
+    qkv = jax.random.normal(jax.random.key(0), (3, 12, 7, 4, 8))
+    expected, whole = jax.value_and_grad(loss)(qkv, "xla")
+    monkeypatch.setattr(sharding, "on_tpu", lambda: True)
+    monkeypatch.setattr(transformer, "SCORES", 2 * 4 * 7**2)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:shards])):
+        qkv = jax.device_put(qkv, NamedSharding(jax.sharding.get_mesh(), PartitionSpec(None, sharding.BATCH)))
+        assert "scan" in str(jax.make_jaxpr(loss, static_argnums=1)(qkv, "auto"))
+        found, sliced = jax.jit(jax.value_and_grad(loss), static_argnums=1)(qkv, "auto")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)  # a sum of 2,688 terms up to 1, rounded to 6e-8 each
+    np.testing.assert_allclose(sliced, whole, rtol=1e-5, atol=5e-6)  # sums over 7 tokens and 8 channels: 56 x 6e-8
 
 
 @pytest.mark.parametrize("tokens", [6, 7])

@@ -16,7 +16,7 @@ from helpers import REPO, environment
 from huggingface_hub import ModelCard
 
 import flip_jax
-from flip_jax import checkpoint
+from flip_jax import weights
 from flip_jax.config import DataConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.flip import FLIP
@@ -32,7 +32,7 @@ def workdir(tmp_path):
     """A run of 10 steps whose metrics have a truncated last line and a line of a step that was lost."""
     folder = tmp_path / "fox"
     params = nnx.to_pure_dict(nnx.split(FLIP(helpers.MODEL, nnx.Rngs(0)))[1])
-    checkpoint.write(folder / "checkpoints" / "10", params, Tokenizer(WORDS), CONFIG)
+    weights.write(folder / "checkpoints" / "10", params, Tokenizer(WORDS), CONFIG)
     lines = [
         {"step": 5, "samples_seen": 80, "zeroshot/emoji/top1": 3.0, "zeroshot/mean": 3.0},
         {"step": 10, "loss": 2.5, "samples_seen": 160, "data/read": 163, "data/used": 160, "data/bad/no text": 3},
@@ -102,7 +102,7 @@ def test_exported_and_converted_models_have_cards(workdir, tmp_path):
     assert 'get_tokenizer("local-dir:FOLDER")' in (exported / "README.md").read_text()
 
     params = jax.tree.map(np.asarray, flip_jax.load(workdir).params)
-    checkpoint.write(back, params, Tokenizer(WORDS), CONFIG)
+    weights.write(back, params, Tokenizer(WORDS), CONFIG)
     card.write(back, card.describe(CONFIG, Tokenizer(WORDS), "converted from somewhere"))
     card.update(back, license_name="mit")
     content = json.loads((back / "card.json").read_text())

@@ -15,7 +15,7 @@ from helpers import REPO
 from safetensors.numpy import load_file, save_file
 
 import flip_jax
-from flip_jax import config_check, optim
+from flip_jax import config_check, optim, weights
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
 from flip_jax.models.flip import FLIP
@@ -254,7 +254,7 @@ def test_learned_positions_are_trained_resized_and_not_decayed():
     decayed = optim.decay_mask(params)["image"]
     assert not (decayed["pos_embed"] or decayed["pre_norm"]["scale"] or decayed["pre_norm"]["bias"])
     larger = dataclasses.replace(settings.image, image_size=64)
-    resized = vit.resize_weight(larger, "pos_embed", params["image"]["pos_embed"])
+    resized = weights.resize_weight(larger, "pos_embed", params["image"]["pos_embed"])
     assert resized.shape == (1, 65, 32)
     np.testing.assert_array_equal(resized[0, 0], params["image"]["pos_embed"][0, 0])
     np.testing.assert_allclose(resized[0, 1:].mean(0), params["image"]["pos_embed"][0, 1:].mean(0), atol=0.02)

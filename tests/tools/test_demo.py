@@ -6,13 +6,15 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import struct
+import time
 import zlib
 
 import numpy as np
 import pytest
-from aiohttp import FormData
+from aiohttp import ClientSession, ClientTimeout, FormData
 from aiohttp.test_utils import TestClient, TestServer
 from helpers import NAMES, REPO, TEMPLATE, command, cosines, make_encoder, png
 from PIL import Image
@@ -21,6 +23,7 @@ from flip_jax import masking
 from flip_jax.config import DataConfig
 from flip_jax.data import transforms
 from flip_jax.runtime import UserError
+from flip_jax.tools import demo as demo_tool
 from flip_jax.tools import demo_server
 from flip_jax.tools.demo import Demo, Folder
 
@@ -201,6 +204,109 @@ def test_other_sites_and_malformed_forms_are_refused(demo):
     )
     assert [status for status, _, _ in found] == [403, 403, 403, 400, 400, 405, 404]
     assert all(list(body) == ["error"] for _, body, _ in found)
+
+
+def multipart(*parts):
+    """The body of a form of (headers, content) parts, and its headers."""
+    body = b"".join(b"--x\r\n" + b"\r\n".join(headers) + b"\r\n\r\n" + content + b"\r\n" for headers, content in parts)
+    return {"data": body + b"--x--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
+
+
+TEXT = b'Content-Disposition: form-data; name="text"'
+
+
+def test_forms_are_utf_8_whatever_they_say(demo):
+    puny = "\u00fc-".encode("punycode") * 200_000  # 30 s to decode as what it says it is
+    bomb = zlib.compress(bytes(2**28))
+    urlencoded = "application/x-www-form-urlencoded; charset="
+    fine = ("POST", "/search", {"data": b"text=red", "headers": {"Content-Type": urlencoded + "punycode"}})
+    said = [(TEXT, b"Content-Type: text/plain; charset=" + name) for name in (b"punycode", b"nonsense", b"utf-16")]
+    refused = [
+        multipart(([TEXT, b"Content-Type: text/plain; charset=punycode"], puny)),
+        multipart(([TEXT, b"Content-Encoding: deflate"], bomb)),
+        multipart(([TEXT, b"Content-Transfer-Encoding: base64"], b"caf\xe9")),
+        multipart(([b"Content-Type: text/plain"], b"red")),
+        multipart(*[([TEXT], b"red")] * 11),
+        multipart(([TEXT, b"Content-Type: multipart/mixed; boundary=y"], b"--y\r\n\r\nred\r\n--y--")),
+        {"data": b"text=%e9", "headers": {"Content-Type": "multipart/form-data"}},
+        {"data": b"text=\xe9", "headers": {"Content-Type": urlencoded + "latin-1"}},
+        {"data": b"a=&" * 11, "headers": {"Content-Type": urlencoded + "utf-8"}},
+        {"data": form(text="a"), "headers": {"Origin": "http://["}},
+        {"data": form(text="a"), "headers": {"Host": "["}},
+    ]
+    found = answers(
+        demo,
+        fine,
+        *(("POST", "/search", multipart((list(headers), b"red"))) for headers in said),
+        *(("POST", "/search", options) for options in refused),
+    )
+    assert [status for status, *_ in found] == [200] * 4 + [400] * 11, [body for _, body, _ in found]
+    assert all(body == found[0][1] for _, body, _ in found[:4])
+    assert all(list(body) == ["error"] for _, body, _ in found[4:])
+
+
+def test_what_became_a_pipe_is_refused_at_once(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    folder = Folder(str(tmp_path))
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png is not a regular file"):
+        folder.content("a.png")
+    (record, _), *_ = folder.read([(0, 0)])
+    assert record["bad"] == "outside the folder"
+
+
+def test_ratios_that_leave_as_many_patches_share_a_program(demo):
+    before = demo_tool._masker.cache_info()
+    shown = [demo.mask(png(1), "random", ratio, seed=0) for ratio in np.linspace(0.5, 0.56, 30)]
+    after = demo_tool._masker.cache_info()
+    assert {answer["visible"] for answer in shown} == {8, 7}
+    assert after.misses - before.misses <= 2 and after.maxsize == demo_tool.MASKS
+
+
+class Slow:
+    """Answers to a search once nobody waits for it any more."""
+
+    def __init__(self):
+        self.begun, self.ended = 0, 0
+
+    def about(self):
+        return {"template": "{}", "mask": "random", "mask_ratio": 0.5}
+
+    def search(self, text, left):
+        self.begun += 1
+        while not left():
+            time.sleep(0.001)
+        self.ended += 1
+        raise demo_tool.Left
+
+
+def test_work_ends_when_its_client_leaves_and_connections_are_bounded():
+    slow = Slow()
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+
+    async def visit():
+        server = asyncio.create_task(demo_server._serve(demo_server.make_app(slow), listener))
+        async with ClientSession(timeout=ClientTimeout(0.5)) as client:
+            for _ in range(2):  # a second client waits behind the first, and neither for ever
+                asked = [client.post(f"http://127.0.0.1:{port}/search", data={"text": "a"}) for _ in range(2)]
+                left = await asyncio.gather(*asked, return_exceptions=True)
+                assert all(isinstance(error, TimeoutError) for error in left)
+            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(demo_server.MAX_CONNECTIONS)]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            for _, one in [*idle, (reader, writer)]:
+                one.close()
+            while slow.ended < slow.begun:
+                await asyncio.sleep(0.01)
+            async with client.get(f"http://127.0.0.1:{port}/about") as response:
+                assert response.status == 200
+        os.kill(os.getpid(), signal.SIGTERM)
+        await server
+
+    asyncio.run(visit())
+    assert slow.ended == slow.begun == 2
 
 
 def test_the_page_loads_nothing_from_elsewhere(demo):

@@ -137,6 +137,9 @@ def _open(folder: pathlib.Path, name: str, leaf: Any) -> Any:
         raise UserError(f"{place / '.zarray'} is damaged: {error}") from error
     if tuple(store.shape) != shape or store.dtype.name != dtype:
         raise UserError(f"{place}: .zarray says {store.dtype.name} {store.shape}, 'checkpoint' {dtype} {shape}")
+    chunk = store.chunk_layout.read_chunk.shape
+    if any(c > max(1, n) for c, n in zip(chunk, shape, strict=True)):  # reading any part unpacks a whole chunk
+        raise UserError(f"{place}: an array of {shape} in chunks of {chunk}, larger than itself, is damaged")
     return store
 
 

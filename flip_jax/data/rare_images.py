@@ -1,0 +1,110 @@
+"""The parts of `transforms` that few images need: damage on purpose, more than 8 bits, and the official resize."""
+
+import math
+import re
+
+import numpy as np
+from PIL import Image
+
+from flip_jax.data.transforms import BAND, MAX_SCANS, BadImage
+
+MAX_PARTS = 2**18  # segments of a JPEG; strips or tiles of a TIFF
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_LISTS = (273, 279, 324, 325)  # TIFF's tags with an entry for each strip or tile
+_TILE = (322, 323)  # its width and height
+
+
+def check_scans(data: bytes) -> None:
+    """Counts the scans of a JPEG itself, without those of a thumbnail in its header and of what follows its end.
+
+    Raises:
+      BadImage: there are more than `MAX_SCANS`.
+    """
+    at = scans = 0
+    for _ in range(MAX_PARTS):
+        match = _MARKER.search(data, at)
+        if not match or match[1] == b"\xd9":
+            return
+        at, scans = match.end(), scans + (match[1] == b"\xda")
+        if scans > MAX_SCANS:
+            break
+        at += 0 if match[1] in b"\x01\xd8" else int.from_bytes(data[at : at + 2])
+    raise BadImage("too many scans")
+
+
+def check_tiff(data: bytes, max_pixels: int) -> None:
+    """Reads the directory of a TIFF, before Pillow makes several objects of each strip or tile.
+
+    Raises:
+      BadImage: there are more than `MAX_PARTS`, or a tile has more than `max_pixels`.
+    """
+    order, big = ("<" if data[:2] == b"II" else ">"), 43 in data[2:4]
+    number = np.dtype(order + ("u8" if big else "u4"))
+    entry = np.dtype([("tag", order + "u2"), ("type", order + "u2"), ("count", number), ("value", number)])
+    try:
+        place = int(np.frombuffer(data, number, 1, 8 if big else 4)[0])
+        length = np.dtype(number if big else order + "u2")
+        count = int(np.frombuffer(data, length, 1, place)[0])
+        room = (len(data) - place - length.itemsize) // entry.itemsize
+        entries = np.frombuffer(data, entry, min(count, room), place + length.itemsize)
+    except (ValueError, OverflowError):
+        return  # cut short, which Pillow says
+    if (entries["count"][np.isin(entries["tag"], _LISTS)] > MAX_PARTS).any():
+        raise BadImage("too many strips")
+    # A number of 16 bits is at the start of its field.
+    short = 8 * (number.itemsize - 2) if order == ">" else 0
+    sides = entries[np.isin(entries["tag"], _TILE)]
+    values = np.where(sides["type"] == 3, (sides["value"] >> short) & 0xFFFF, sides["value"])
+    if math.prod(map(int, values)) > max_pixels:
+        raise BadImage("too many pixels")
+
+
+def eight_bits(image: Image.Image) -> np.ndarray:
+    """Scales grey values of more than 8 bits to uint8; BadImage where their range is unknown or unused."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+            raise BadImage("float image outside [0, 1]")
+        return _scaled(values, lambda band: np.rint(band * 255))
+    # Only TIFF has other widths; Pillow opens 16-bit PPM as mode I. The first tag is the number of bits, the second is
+    # 2 for signed values.
+    bits = tags.get(258, (16,))[0] if tags or image.mode != "I" or image.format in ("PNG", "PPM") else 32
+    full = 2.0 ** (bits - (tags.get(339, (1,))[0] == 2))
+    if full == 2.0**32:
+        values = values.view(np.uint32)  # Pillow reads unsigned values as signed ones
+    if values.min() < 0 or (bits > 16 and 0 < values.max() < full / 256):
+        raise BadImage("integer image of unknown range")
+    return _scaled(values, lambda band: band * (256 / full))
+
+
+def _scaled(values, scale):
+    """Scales a few rows at a time to uint8: 64-bit copies of a large image would take gigabytes."""
+    pixels, rows = np.empty(values.shape, np.uint8), 1 + BAND // values.shape[1]
+    for top in range(0, len(values), rows):
+        pixels[top : top + rows] = scale(values[top : top + rows]).astype(np.uint8)
+    return pixels
+
+
+def resize_official(pixels: np.ndarray, size: int, train: bool) -> np.ndarray:
+    """Resizes as the official code does, bicubic without antialiasing; TensorFlow's oldest kernel in evaluation."""
+    for _ in range(2):  # rows first; the swap makes columns the rows of the second pass
+        index, weights = _taps(len(pixels), size, train)
+        rows = pixels.reshape(len(pixels), -1)
+        rows = sum(rows[i] * w[:, None] for i, w in zip(index.T, weights.T, strict=True))
+        pixels = rows.reshape(size, -1, 3).swapaxes(0, 1)
+    return np.rint(pixels).clip(0, 255).astype(np.uint8)
+
+
+def _taps(length, size, train):
+    """Finds the four source pixels of each of `size` pixels along one axis, and their weights: two arrays [size, 4]."""
+    scale, a = length / size, -0.5 if train else -0.75
+    place = (np.arange(size) + 0.5) * scale - 0.5 if train else np.arange(size) * scale
+    first = np.floor(place)
+    fraction = np.rint((place - first) * 1024) / 1024  # the official code has a table of 1024 weights
+    steps = np.arange(-1, 3)
+    index, d = first[:, None].astype(int) + steps, np.abs(fraction[:, None] - steps)
+    weights = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, a * (((d - 5) * d + 8) * d - 4))
+    if train:
+        weights *= (index >= 0) & (index < length)
+        weights /= weights.sum(1, keepdims=True)
+    return index.clip(0, length - 1), weights.astype(np.float32)
