@@ -47,6 +47,9 @@ AHEAD = 2  # requests to decode that a worker has at once, so that it never wait
 class Workers:
     """Makes samples in worker processes, and batches in memory that they share. They start when they are first asked.
 
+    A record that takes a worker more than `TOO_SLOW` seconds is bad, of the kind "too slow"; threads could not be
+    interrupted. So is one at which two workers died, "ends the decoder".
+
     Raises:
       UserError: a worker cannot start, or dies again and again; what it raised itself.
     """
