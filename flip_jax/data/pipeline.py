@@ -55,7 +55,7 @@ def train_dataset(
         "shards": [len(source) for _, source in mixture],
         "sources": _described(config, mixture),
     }
-    return _Batches(config, tokenizer, mixture, schedules, rows, identity)
+    return _Batches(config, tokenizer, worker_count(config), mixture, schedules, rows, identity)
 
 
 def open_mixture(config: Config) -> list[tuple[float, Any]]:
@@ -143,10 +143,10 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
 class _BatchIterator(grain.DatasetIterator):
     """Mixes the sources and counts their records. Its state is each source's place and the counts."""
 
-    def __init__(self, config, tokenizer, mixture, schedules, rows, identity):
+    def __init__(self, config, tokenizer, workers, mixture, schedules, rows, identity):
         super().__init__()
         self._config, self._tokenizer, self._rows, self._identity = config, tokenizer, rows, identity
-        self._mixture, self._schedules = mixture, schedules
+        self._workers, self._mixture, self._schedules = workers, mixture, schedules
         self._weights = [weight for weight, _ in mixture]
         self._bad_in_a_row, self._examples = 0, {}
         self._distinct: set[str] | None = set()  # keys, until they are as many as a batch has
@@ -158,11 +158,11 @@ class _BatchIterator(grain.DatasetIterator):
         config, process = self._config, self._identity["process_index"]
         opened = [source for _, source in self._mixture]
         target = samples.make_target(config, self._tokenizer)
-        if count := worker_count(config):
+        if self._workers:
             from flip_jax.data import workers  # only a run with workers needs it
 
             values = [value for _, value in entries(config)]
-            self.maker = workers.Workers(count, config, self._tokenizer, values, opened, self._rows)
+            self.maker = workers.Workers(self._workers, config, self._tokenizer, values, opened, self._rows)
             opened = self.maker.sources
         else:
             self.maker = _Threads(config, target)
@@ -256,7 +256,7 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 class _Threads:
-    """Makes samples in threads of this process. `workers.Workers` does the same in processes."""
+    """Makes samples in threads, which wait for one that takes long. `workers.Workers` does the same in processes."""
 
     def __init__(self, config, target):
         self._config, self._target, self.look_ahead = config, target, 2 * threads(config)

@@ -218,5 +218,9 @@ def test_auto_uses_all_cores_but_one_of_more_than_four(monkeypatch):
     assert pipeline.worker_count(dataclasses.replace(Config(), data=DataConfig(workers=3))) == 3
     monkeypatch.setattr(sys, "platform", "darwin")
     assert pipeline.worker_count(Config()) == 0
+
+
+def test_workers_are_refused_where_they_cannot_be(shards, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match="config.data.workers 3: worker processes need Linux; use 0"):
-        pipeline.worker_count(dataclasses.replace(Config(), data=DataConfig(workers=3)))
+        batches(shards, 3)
