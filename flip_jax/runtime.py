@@ -8,7 +8,6 @@ import pathlib
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Self
@@ -17,7 +16,6 @@ COMPILED = pathlib.Path.home() / ".cache" / "flip_jax" / "compiled"
 # What a file system answers when it does not take a file.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 at_end: list[Callable[[], None]] = []  # what a program does before it ends on a signal
-LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
 
 
 class UserError(ValueError):
@@ -64,14 +62,9 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
         traceback.print_exc()
         code = 1
         if _is_one_of_several() and lost_another(error):
-            index, wait = sys.modules["jax"].process_index(), 2 * LOST_AFTER
-            print(
-                f"error: process {index} cannot continue. If another process was lost, JAX names it within {wait} s. "
-                "Start all processes again with the same command; training resumes from its newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-            time.sleep(wait)
+            from flip_jax import several
+
+            several.say_lost()
     if _is_one_of_several():
         # At a normal exit this process would wait for the others, and they are waiting for it in a step.
         os._exit(code)
@@ -110,8 +103,12 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start_distributed(options: argparse.Namespace) -> None:
-    """Joins the other processes, if the command line says that there are any. UserError if that fails."""
-    if options.distributed or (options.coordinator, options.num_processes, options.process_id) != (None,) * 3:
+    """Joins the other processes, if the command line says that there are any.
+
+    Raises:
+      UserError: the options do not fit together, or the other processes cannot be reached.
+    """
+    if options.distributed or (options.coordinator, options.num_processes, options.process_id) != (None, None, None):
         from flip_jax import several
 
         several.start(options)
@@ -150,7 +147,7 @@ def say(line: str) -> None:
 
 def meet(name: str) -> None:
     """Waits for all processes, without using the devices."""
-    if not is_alone():
+    if _is_one_of_several():
         from flip_jax import several
 
         several.meet(name)
@@ -246,9 +243,9 @@ class Termination(Interrupts):
         else:
             from jax.experimental import multihost_utils
 
-            if not self._asked:
-                from flip_jax import several
+            from flip_jax import several
 
+            if not self._asked:
                 several.watch_preemption()
             self.stopping = self.stopping or multihost_utils.reached_preemption_sync_point(self._asked)
         self._asked += 1

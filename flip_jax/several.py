@@ -1,20 +1,26 @@
-"""What the processes of a run do together: they join, meet and exchange small facts, without using the devices.
+"""The other processes of a run: how this one joins them, meets them and notices that one is lost.
 
-They meet at the coordination service: a collective could run next to a step and lock it.
+Imported only by a run of several processes. They meet at JAX's coordination service: a collective could run next to a
+step and lock it.
 """
 
 import argparse
 import collections
 import json
+import sys
+import time
 
 import jax
 import orbax.checkpoint as ocp
+from jax._src import distributed
 
-from flip_jax.runtime import LOST_AFTER, UserError
+from flip_jax.runtime import UserError
+
+LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
 
 
 def start(options: argparse.Namespace) -> None:
-    """Joins the other processes.
+    """Joins the other processes, as the options of the command line say.
 
     Raises:
       UserError: the options do not fit together, or the other processes cannot be reached.
@@ -27,7 +33,7 @@ def start(options: argparse.Namespace) -> None:
             "--coordinator needs HOST:PORT, --num_processes=N and --process_id=I with 0 <= I < N; got "
             f"{address!r}, {count} and {index}"
         )
-    jax.config.update("jax_enable_preemption_service", False)  # until the first step, see `Termination`
+    jax.config.update("jax_enable_preemption_service", False)  # until the first step, see `watch_preemption`
     try:
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=LOST_AFTER)
     except Exception as error:  # JAX's errors depend on the cluster that it finds
@@ -35,6 +41,15 @@ def start(options: argparse.Namespace) -> None:
             f"this process cannot join the others: {error}. --distributed detects TPU pods, SLURM and GKE; elsewhere "
             "give --coordinator, --num_processes and --process_id"
         ) from error
+
+
+def watch_preemption() -> None:
+    """Has JAX notice SIGTERM from now on, in place of our handler, and agree on a step to stop after.
+
+    That begins with the first step, because before it a signal ends the program at once.
+    """
+    jax.config.update("jax_enable_preemption_service", True)
+    distributed.global_state.initialize_preemption_sync_manager()
 
 
 def meet(name: str) -> None:
@@ -68,12 +83,13 @@ def _exchange(name, own):
     return client, folder
 
 
-def watch_preemption() -> None:
-    """Starts JAX's agreement on a step to stop after, which takes SIGTERM from our handler.
-
-    `start` has left it out, because before the first step a signal is to end the program.
-    """
-    from jax._src import distributed
-
-    jax.config.update("jax_enable_preemption_service", True)
-    distributed.global_state.initialize_preemption_sync_manager()
+def say_lost() -> None:
+    """Says what to do where another process may be lost, and waits until JAX has named it."""
+    index, wait = jax.process_index(), 2 * LOST_AFTER
+    print(
+        f"error: process {index} cannot continue. If another process was lost, JAX names it within {wait} s. "
+        "Start all processes again with the same command; training resumes from its newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(wait)
