@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from flip_jax import manifest
 from flip_jax.config import Config
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, say
 
 # Peak bf16 FLOP/s of one device as JAX counts them, from data sheets (a TPU v3 or TPU7x chip is two devices).
 PEAK_FLOPS = {
@@ -48,13 +49,8 @@ def check(config: Config) -> None:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
-    """Reads the metrics of a run, in the order written; a line that a kill cut short is skipped."""
-    return [
-        json.loads(line)
-        for path in _metrics_files(workdir)
-        for line in path.read_text().splitlines()
-        if _step_of(line) < math.inf
-    ]
+    """Reads the metrics of a run, in the order written; a line that a kill cut short or that is damaged is skipped."""
+    return [line for path in _metrics_files(workdir) for line in map(_parse, _lines(path)) if line]
 
 
 def write_parameters(workdir: epath.Path, params: Mapping[str, Any]) -> None:
@@ -86,10 +82,12 @@ class Writer:
         from flip_jax import trackers  # only this process needs them
 
         for path in _metrics_files(workdir):
-            text = path.read_text()
-            kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
-            if kept != text:
-                path.write_text(kept)
+            parsed = [(line, _parse(line)) for line in _lines(path)]
+            if bad := sum(not content for _, content in parsed):
+                say(f"{path}: dropped {bad} damaged line{'s' * (bad > 1)} of {len(parsed)}")
+            kept = b"".join(line + b"\n" for line, content in parsed if content and content["step"] <= step)
+            if kept != path.read_bytes():
+                _replace(path, kept)
         if "://" in os.fspath(workdir):
             self._objects = trackers.ObjectLog(os.fspath(workdir / "metrics"), ".jsonl")
         else:
@@ -126,12 +124,26 @@ def _metrics_files(workdir: epath.Path) -> list[epath.Path]:
     return sorted(ours, key=lambda path: (len(path.name), path.name))
 
 
-def _step_of(line: str) -> float:
-    """Returns the step of a line of metrics; infinity for one that was cut short by a kill."""
+def _lines(path: epath.Path) -> list[bytes]:
+    return [line for line in path.read_bytes().split(b"\n") if line]
+
+
+def _parse(line: bytes) -> dict[str, float] | None:
+    """Reads a line of metrics; None for one that was cut short by a kill or is damaged otherwise."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    numbers = isinstance(content, dict) and all(type(value) in (int, float) for value in content.values())
+    return content if numbers and math.isfinite(content.get("step", math.nan)) else None
+
+
+def _replace(path: epath.Path, content: bytes) -> None:
+    """Replaces a file in one go, so that a kill leaves the old one or the new one."""
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    manifest.measure(new, sync=True)
+    new.replace(path)
 
 
 class Progress:

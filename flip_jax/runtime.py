@@ -1,16 +1,13 @@
 """The process: the error that users see, its compilation cache, and the other processes of the run."""
 
 import argparse
-import collections
 import errno
-import json
 import logging
 import os
 import pathlib
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Self
@@ -19,7 +16,6 @@ COMPILED = pathlib.Path.home() / ".cache" / "flip_jax" / "compiled"
 # What a file system answers when it does not take a file.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 at_end: list[Callable[[], None]] = []  # what a program does before it ends on a signal
-LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
 
 
 class UserError(ValueError):
@@ -66,14 +62,9 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
         traceback.print_exc()
         code = 1
         if _is_one_of_several() and lost_another(error):
-            index, wait = sys.modules["jax"].process_index(), 2 * LOST_AFTER
-            print(
-                f"error: process {index} cannot continue. If another process was lost, JAX names it within {wait} s. "
-                "Start all processes again with the same command; training resumes from its newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-            time.sleep(wait)
+            from flip_jax import several
+
+            several.say_lost()
     if _is_one_of_several():
         # At a normal exit this process would wait for the others, and they are waiting for it in a step.
         os._exit(code)
@@ -117,26 +108,10 @@ def start_distributed(options: argparse.Namespace) -> None:
     Raises:
       UserError: the options do not fit together, or the other processes cannot be reached.
     """
-    address, count, index = options.coordinator, options.num_processes, options.process_id
-    if not address and (count is not None or index is not None):
-        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, the address of process 0")
-    if address and (":" not in address or count is None or index is None or not 0 <= index < count):
-        raise UserError(
-            "--coordinator needs HOST:PORT, --num_processes=N and --process_id=I with 0 <= I < N; got "
-            f"{address!r}, {count} and {index}"
-        )
-    if not (options.distributed or address):
-        return
-    import jax
+    if options.distributed or (options.coordinator, options.num_processes, options.process_id) != (None, None, None):
+        from flip_jax import several
 
-    jax.config.update("jax_enable_preemption_service", False)  # until the first step, see `Termination`
-    try:
-        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=LOST_AFTER)
-    except Exception as error:  # JAX's errors depend on the cluster that it finds
-        raise UserError(
-            f"this process cannot join the others: {error}. --distributed detects TPU pods, SLURM and GKE; elsewhere "
-            "give --coordinator, --num_processes and --process_id"
-        ) from error
+        several.start(options)
 
 
 def is_alone() -> bool:
@@ -172,45 +147,28 @@ def say(line: str) -> None:
 
 def meet(name: str) -> None:
     """Waits for all processes, without using the devices."""
-    import jax
-    import orbax.checkpoint as ocp
+    if _is_one_of_several():
+        from flip_jax import several
 
-    processes = set(range(jax.process_count()))
-    ocp.multihost.sync_global_processes(f"flip_jax/{name}", timeout=1200, processes=processes)
+        several.meet(name)
 
 
 def gather(name: str, own: list[str]) -> list[str]:
     """Joins the lists of all processes, in each of them; `name` is used once in a run."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    if jax.process_count() == 1:
+    if is_alone():
         return own
-    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
-    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
-    meet(name)
-    return [line for _, lines in client.key_value_dir_get(folder) for line in json.loads(lines)]
+    from flip_jax import several
+
+    return several.gather(name, own)
 
 
 def sum_counts(name: str, own: dict[str, int]) -> dict[str, int]:
-    """Sums counts over all processes, on the first one; `name` is used once in a run.
-
-    The processes meet at the coordination service: a collective could run next to a step and lock it.
-    """
-    import jax
-    import orbax.checkpoint as ocp
-
-    if jax.process_count() == 1:
+    """Sums counts over all processes, on the first one; `name` is used once in a run."""
+    if is_alone():
         return own
-    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
-    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
-    meet(name)
-    total: collections.Counter[str] = collections.Counter()
-    if jax.process_index() == 0:
-        for _, theirs in client.key_value_dir_get(folder):
-            total.update(json.loads(theirs))
-        client.key_value_delete(folder)
-    return dict(total)
+    from flip_jax import several
+
+    return several.sum_counts(name, own)
 
 
 class Interrupts:
@@ -285,20 +243,10 @@ class Termination(Interrupts):
         else:
             from jax.experimental import multihost_utils
 
+            from flip_jax import several
+
             if not self._asked:
-                _watch_preemption()
+                several.watch_preemption()
             self.stopping = self.stopping or multihost_utils.reached_preemption_sync_point(self._asked)
         self._asked += 1
         return self.stopping
-
-
-def _watch_preemption():
-    """Starts JAX's agreement on a step to stop after, which takes SIGTERM from our handler.
-
-    `start_distributed` has left it out, because before the first step a signal is to end the program.
-    """
-    import jax
-    from jax._src import distributed
-
-    jax.config.update("jax_enable_preemption_service", True)
-    distributed.global_state.initialize_preemption_sync_manager()

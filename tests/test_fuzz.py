@@ -26,15 +26,14 @@ from pyarrow import parquet
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, sources
+from flip_jax.data import pipeline, sources, vocabulary
 from flip_jax.data import shards as shard_files
 from flip_jax.data.samples import make_target, prepare
-from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.tools import demo_server
 
 SIZE, LENGTH, SAMPLES = 8, 6, 4
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
-TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(9)], 100)
+TOKENIZER = vocabulary.train([f"picture {i}" for i in range(9)], 100)
 CONFIG = Config(
     seed=5,
     global_batch_size=8,
@@ -198,9 +197,13 @@ def test_each_damaged_record_is_used_or_counted_and_the_others_are_as_they_were(
     assert bad > 200  # or little was damaged
 
 
-def test_the_loader_counts_all_that_it_reads(prepared):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_counts_all_that_it_reads(prepared, workers, tmp_path, monkeypatch):
     pattern, cases = prepared
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, train=pattern))
+    # Workers get no patched modules; this one Python imports at its start.
+    (tmp_path / "sitecustomize.py").write_text("from flip_jax.data import shards\nshards.RETRY_AFTER = ()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, train=pattern, workers=workers))
     usable = sorted(
         record["key"]
         for records, samples, *_ in cases

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -138,6 +139,34 @@ def test_lines_of_lost_steps_and_lines_cut_by_a_kill_are_dropped(tmp_path, monke
     lines = [{"step": step, "loss": 1 / step} for step in [1, 2][:kept] + [4, 5]]
     assert metrics.read_metrics(epath.Path(tmp_path)) == lines
     assert path.read_text() == "".join(json.dumps(line) + "\n" for line in lines)
+
+
+DAMAGE = [b"\xff\xfe", b"\0" * 4096, b"[" * 100_000, b"null", b"3", b"[1, 2]", b'"step"', b"{}", b'{"step": "3"}']
+DAMAGE += [
+    b'{"step": NaN}',
+    b'{"step": null, "loss": 1}',
+    b'{"step": 1, "loss": [1]}',
+    b'{"step": 1} {"step": 2}',
+    b"\r",
+]
+
+
+def test_damaged_lines_are_dropped_and_counted_and_the_file_is_replaced_in_one_go(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trackers, "open_trackers", lambda *_: [])
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, 0, 1, 2)
+    first, second = path.read_bytes().splitlines(keepends=True)
+    content = first + b"".join(line + b"\n" for line in DAMAGE) + second
+    path.write_bytes(content)
+    os.link(path, tmp_path / "before")
+    assert [line["step"] for line in metrics.read_metrics(epath.Path(tmp_path))] == [1, 2]
+    capsys.readouterr()
+    write(tmp_path, 2, 3)
+    assert capsys.readouterr().out == f"{path}: dropped {len(DAMAGE)} damaged lines of {len(DAMAGE) + 2}\n"
+    assert [line["step"] for line in metrics.read_metrics(epath.Path(tmp_path))] == [1, 2, 3]
+    assert path.read_bytes().startswith(first + second)
+    assert (tmp_path / "before").read_bytes() == content  # nothing was written into the old file
+    assert sorted(os.listdir(tmp_path)) == ["before", "metrics.jsonl"]
 
 
 def test_tensorboard_hides_the_events_of_lost_steps(tmp_path, monkeypatch):

@@ -14,11 +14,10 @@ import pytest
 from helpers import REPO, environment, png, samples, write_tar
 
 from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, records, stream, workers
-from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data import pipeline, records, stream, vocabulary, workers
 from flip_jax.runtime import UserError
 
-TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(200)], 100)
+TOKENIZER = vocabulary.train([f"picture {i}" for i in range(200)], 100)
 MODEL = ModelConfig(image=ImageConfig(image_size=16, patch_size=8), text=TextConfig(vocab_size=100, context_length=6))
 
 
@@ -247,5 +246,9 @@ def test_auto_uses_all_cores_but_one_of_more_than_four(monkeypatch):
     assert pipeline.worker_count(dataclasses.replace(Config(), data=DataConfig(workers=3))) == 3
     monkeypatch.setattr(sys, "platform", "darwin")
     assert pipeline.worker_count(Config()) == 0
+
+
+def test_workers_are_refused_where_they_cannot_be(shards, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match="config.data.workers 3: worker processes need Linux; use 0"):
-        pipeline.worker_count(dataclasses.replace(Config(), data=DataConfig(workers=3)))
+        batches(shards, 3)
