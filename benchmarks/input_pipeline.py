@@ -27,8 +27,7 @@ from PIL import Image
 
 from benchmarks import peer_loaders
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, sources
-from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data import pipeline, sources, vocabulary
 
 ROOT = pathlib.Path(__file__).parent.parent
 WINDOW, RECORD = 10_000, 25_000  # records, and bytes of each, where memory is measured
@@ -43,7 +42,7 @@ def flip_jax(pattern, workers, size=peer_loaders.SIZE, window=peer_loaders.WINDO
         model=ModelConfig(image=ImageConfig(image_size=size), text=TextConfig(context_length=peer_loaders.TOKENS)),
         data=DataConfig(train=f"webdataset:{pattern}", shuffle_window=window, workers=workers, threads=threads),
     )
-    tokenizer = Tokenizer.train(pipeline.caption_sample(config, 2000), 5000)
+    tokenizer = vocabulary.train(vocabulary.caption_sample(config, 2000), 5000)
     for batch in pipeline.train_dataset(config, tokenizer, process_index=0, process_count=1):
         yield batch["image"], batch["text"]
 

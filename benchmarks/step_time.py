@@ -252,7 +252,10 @@ def main() -> None:
     signal.alarm(0)
     if arguments.shards:
         command = [sys.executable, "-m", "benchmarks.input_pipeline", arguments.shards, "--rounds=1", "--seconds=5"]
-        subprocess.run(command, cwd=turns.ROOT, timeout=INPUT_SECONDS)
+        try:
+            subprocess.run(command, cwd=turns.ROOT, timeout=INPUT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            print(error, file=sys.stderr)
     lines = newest(pages.read(arguments.results))
     write_table(lines, arguments.table)
     draw(lines, arguments.chart)

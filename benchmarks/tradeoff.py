@@ -22,8 +22,7 @@ from tqdm import tqdm
 from benchmarks import emoji_runs, own_step, pages
 from flip_jax import inference, memory, sharding, train_step
 from flip_jax.config import Config
-from flip_jax.data import emoji, pipeline
-from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data import emoji, pipeline, vocabulary
 
 # Many patches and a small text tower: as in the paper, the image tower is most of the cost.
 RECIPE = (
@@ -90,7 +89,7 @@ def step_seconds(settings: dict[str, Config]) -> dict[str, list[float]]:
     mesh, loops, seconds = sharding.make_mesh(next(iter(settings.values())).mesh), {}, {run: [] for run in settings}
     with jax.set_mesh(mesh):
         for run, config in tqdm(settings.items(), desc="compiling"):
-            tokenizer = Tokenizer.train(pipeline.caption_sample(config), config.model.text.vocab_size)
+            tokenizer = vocabulary.train(vocabulary.caption_sample(config), config.model.text.vocab_size)
             batches = iter(pipeline.train_dataset(config, tokenizer, process_index=0, process_count=1))
             program = train_step.make_program(config, mesh)
             program = program._replace(step=memory.lower(program, config, mesh).compile())

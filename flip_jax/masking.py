@@ -193,8 +193,7 @@ def _patches(config, image_BxHxWx3, microbatches=1):
     if config.mask_ratio and config.mask == "resize":
         side = math.isqrt(config.visible_patches) * config.patch_size
         # One part at a time, because resizing needs the pixels in f32.
-        parts = jax.lax.map(lambda part: resize(part, side), sharding.split(image_BxHxWx3, microbatches))
-        image_BxHxWx3 = sharding.join(parts)
+        image_BxHxWx3 = sharding.in_turn(lambda part: resize(part, side), image_BxHxWx3, microbatches)
     return patchify(image_BxHxWx3, config.patch_size)
 
 

@@ -60,23 +60,27 @@ def meet(name: str) -> None:
 
 def gather(name: str, own: list[str]) -> list[str]:
     """Joins the lists of all processes, in each of them; `name` is used once in a run."""
-    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
-    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
-    meet(name)
+    client, folder = _exchange(name, own)
     return [line for _, lines in client.key_value_dir_get(folder) for line in json.loads(lines)]
 
 
 def sum_counts(name: str, own: dict[str, int]) -> dict[str, int]:
     """Sums counts over all processes, on the first one; `name` is used once in a run."""
-    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
-    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
-    meet(name)
+    client, folder = _exchange(name, own)
     total: collections.Counter[str] = collections.Counter()
     if jax.process_index() == 0:
         for _, theirs in client.key_value_dir_get(folder):
             total.update(json.loads(theirs))
         client.key_value_delete(folder)
     return dict(total)
+
+
+def _exchange(name, own):
+    """Gives all processes what each has; returns the client and the folder of the values."""
+    client, folder = ocp.multihost.get_jax_distributed_client(), f"flip_jax/{name}/"
+    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(own))
+    meet(name)
+    return client, folder
 
 
 def say_lost() -> None:

@@ -3,11 +3,13 @@
 import os
 import re
 import stat
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from flip_jax.runtime import UserError
 
 MAX_SETTINGS = 2**26  # bytes of a file of settings, names or results
+MAX_LINE = 2**24  # characters
 ITEMS = ("state",)  # of a step that hold more than that
 
 # What moves the cursor, colours, hides or reverses text: control characters but newline and tab, and Unicode's marks
@@ -40,6 +42,14 @@ def read_file(path: str | os.PathLike, limit: int = MAX_SETTINGS) -> bytes:
     if len(content) > limit:
         raise UserError(f"{os.fspath(path)} has more than the {limit:,} bytes that are read; use a smaller file")
     return content
+
+
+def lines(text: TextIO, path: str) -> Iterator[str]:
+    """Yields the lines of a text, as it does itself. UserError for one that would fill the memory."""
+    while line := text.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise UserError(f"{path} has a line of more than {MAX_LINE:,} characters; it is no text, or is damaged")
+        yield line
 
 
 def check_folder(folder: str | os.PathLike) -> None:

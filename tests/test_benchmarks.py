@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import REPO
 
-from benchmarks import cpu_products, own_step, pages, scale, step_time, tradeoff, turns
+from benchmarks import cpu_products, input_pipeline, own_step, pages, scale, step_time, tradeoff, turns
 
 BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
 
@@ -257,3 +257,17 @@ def test_scale_page_is_continued_after_an_interruption(tmp_path):
     assert ("flip_l16", "v3:16x8", "dots", 1) not in asked and ("clip_b16", "v5e:16x16", "full", 1) in asked
     rows = [line for line in path.read_text().splitlines() if line.startswith(("| flip_", "| clip_"))]
     assert len(rows) == len(scale.ROWS) == 43
+
+
+def test_cores_that_a_host_needs_follow_from_the_steps_of_the_scale_page():
+    page = """
+| recipe | slice | devices | mask | settings | fits | GiB | of | step, ms | bound |
+|---|---|---|---|---|---|---|---|---|---|
+| flip_b16 | v3-256 | 256 | 0.5 | remat dots | yes | 7.1 | 15.48 | 256 | compute |
+| flip_b16 | v5e-256 | 256 | 0.5 | remat dots | no | 7.1 | 15.48 | 1 | compute |
+| flip_b16 | v6e-256 | 256 | 0.5 | remat dots | yes | 7.1 | 15.48 | 64 | compute |
+| flip_b16 | v6e-512 | 512 | 0.5 | remat dots | yes | 7.1 | 15.48 | 64 | compute |
+"""
+    # v3: 65,536 images in 0.256 s on 256 devices, of which a host has eight; v6e: in 0.064 s, and a host has four.
+    table = input_pipeline.cores_table(page, 900.0, 10_000.0)
+    assert table.splitlines()[2] == "| `flip_b16`, mask 0.5 | 8,000: 9 |  |  |  | 16,000: 18 (2 processes) |  |"

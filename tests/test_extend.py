@@ -19,8 +19,7 @@ from PIL import Image
 from flip_jax import config_check, evaluators, masking, sharding
 from flip_jax.config import DataConfig, EvalConfig, MeshConfig
 from flip_jax.data import shards as shard_kinds
-from flip_jax.data import sources
-from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data import sources, vocabulary
 from flip_jax.evaluators import datasets
 from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
@@ -89,7 +88,7 @@ def test_evaluator(add, add_file, shards):
     add("flip_jax/evaluators/__init__.py", evaluators, "EVALUATORS")
     task = f"alignment/webdataset:{shards}/00000.tar"
     config = dataclasses.replace(helpers.CONFIG, eval=EvalConfig(tasks=(task,), batch_size=64))
-    tokenizer = Tokenizer.train(["a red green blue white square frame"], 64)
+    tokenizer = vocabulary.train(["a red green blue white square frame"], 64)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
         graphdef, params = nnx.split(FLIP(helpers.MODEL, nnx.Rngs(0)))
         encoder = Encoder(graphdef, nnx.to_pure_dict(params), tokenizer, config)

@@ -1,30 +1,39 @@
 """A thousand damaged shards of each format: no crash, no hang, nothing lost in silence, no harm to other records."""
 
+import asyncio
+import collections
 import dataclasses
 import functools
 import io
 import itertools
+import json
 import random
 import struct
+import subprocess
+import sys
 import tarfile
 
 import google_crc32c
+import helpers
+import hostile
 import numpy as np
 import pyarrow
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from helpers import REPO
 from PIL import Image
 from pyarrow import parquet
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, sources
+from flip_jax.data import pipeline, sources, vocabulary
 from flip_jax.data import shards as shard_files
 from flip_jax.data.samples import make_target, prepare
-from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.tools import demo_server
 
 SIZE, LENGTH, SAMPLES = 8, 6, 4
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
-TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(9)], 100)
+TOKENIZER = vocabulary.train([f"picture {i}" for i in range(9)], 100)
 CONFIG = Config(
     seed=5,
     global_batch_size=8,
@@ -188,9 +197,13 @@ def test_each_damaged_record_is_used_or_counted_and_the_others_are_as_they_were(
     assert bad > 200  # or little was damaged
 
 
-def test_the_loader_counts_all_that_it_reads(prepared):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_counts_all_that_it_reads(prepared, workers, tmp_path, monkeypatch):
     pattern, cases = prepared
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, train=pattern))
+    # Workers get no patched modules; this one Python imports at its start.
+    (tmp_path / "sitecustomize.py").write_text("from flip_jax.data import shards\nshards.RETRY_AFTER = ()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, train=pattern, workers=workers))
     usable = sorted(
         record["key"]
         for records, samples, *_ in cases
@@ -206,3 +219,160 @@ def test_the_loader_counts_all_that_it_reads(prepared):
             break
     assert sorted(keys[: len(usable)]) == usable
     assert counts["read"] >= sum(len(records) for records, *_ in cases) - 100
+
+
+# Small files that would take gigabytes or hours. They are read in a process of their own, which tells its peak of
+# memory; sizes are as small as the mechanism allows, because the bounds do not depend on them.
+
+READ = """
+import json, pathlib, random, re, sys, time
+from flip_jax.config import DataConfig
+from flip_jax.data import shards, sources, transforms
+shards.RETRY_AFTER = ()
+data = DataConfig(captions=("caption", "txt"))
+for name in sys.argv[1:]:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    start, found, source = time.process_time(), {}, sources.open_source(name, data)
+    for record in sources.in_order(source, iter(range(len(source)))):
+        kind = record.get("bad", "")
+        try:
+            if not kind:
+                transforms.decode(record["image"], 32, data, random.Random(0))
+        except transforms.BadImage as error:
+            kind = str(error)
+        found[record["key"].rpartition("/")[2]] = kind
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+    print(json.dumps([found, peak, time.process_time() - start]))
+"""
+PEAK = 2**30  # bytes; half of what a loader may take
+SECONDS = 10  # of processor time for a file; each took minutes, or memory for minutes
+
+
+def read_apart(*names):
+    """{source: {key: kind, "" if usable}} of sources read in a process of their own, within `PEAK` and `SECONDS`."""
+    done = subprocess.run([sys.executable, "-c", READ, *names], cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        kinds, peak, seconds = json.loads(line)
+        assert peak < PEAK and seconds < SECONDS, (name, kinds, peak, seconds)
+        found[name] = kinds
+    return found
+
+
+def test_hostile_images_cost_neither_time_nor_memory(tmp_path):
+    images = hostile.images()
+    members = [
+        (f"{name}.{part}", data)
+        for name, (image, _) in images.items()
+        for part, data in (("jpg", image), ("txt", b"a"))
+    ]
+    source = "webdataset:" + helpers.write_tar(tmp_path / "images.tar", members)
+    assert read_apart(source)[source] == {name: kind for name, (_, kind) in images.items()}
+
+
+def test_hostile_tables_cost_neither_time_nor_memory(tmp_path):
+    cases = dict(hostile.tables(tmp_path))
+    found = read_apart(*cases)
+    assert {name: {*kinds.values()} for name, kinds in found.items()} == cases
+
+
+def test_tars_of_holes_and_sparse_members_are_refused_before_they_are_read(tmp_path):
+    sparse = tarfile.TarInfo("a.jpg")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 512  # of 8 GB
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[386:410], header[483:495] = b"%011o\0%011o\0" % (0, 512), b"\x80" + (2**33).to_bytes(11)
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    (tmp_path / "sparse.tar").write_bytes(header + bytes(512 + 1024))
+    pax = tarfile.TarInfo("b.jpg")
+    for name, size in (("pax", 2**60), ("digits", 10**5000), ("negative", -1)):
+        pax.pax_headers = {"size": f"{size}" if size < 2**63 else "9" * 5000}
+        (tmp_path / f"{name}.tar").write_bytes(pax.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    found = read_apart(
+        hostile.tar_of_holes(tmp_path / "holes.tar", [250 * 2**20] * 26),
+        *(f"webdataset:{tmp_path}/{name}.tar" for name in ("sparse", "pax", "digits", "negative")),
+    )
+    holes, *others = [[*kinds.values()] for kinds in found.values()]
+    assert holes == ["too large"] * 26
+    assert others == [["unsafe member"], *[["shard damaged"]] * 3]
+
+
+LOAD = """
+import pathlib, re, sys
+from flip_jax.config import Config, DataConfig
+from flip_jax.data import pipeline
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.runtime import UserError
+data = DataConfig(train=sys.argv[1], threads=2, shuffle_window=2000, max_bad_fraction=1.0)
+batches = pipeline.train_dataset(
+    Config(global_batch_size=8, data=data),
+    Tokenizer({"[PAD]": 0, "[UNK]": 1}), process_index=0, process_count=1)
+try:
+    next(iter(batches))
+except UserError as error:
+    print(error)
+print(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_a_loader_of_nothing_but_large_records_holds_few_of_them(tmp_path):
+    """The window of 2,000 records would take 60 GB, and the chunk of 64 that is read ahead 2 GB."""
+    source = hostile.tar_of_holes(tmp_path / "0.tar", [30 * 2**20] * 120)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, source], cwd=REPO, env=helpers.environment(), capture_output=True
+    )
+    reason, peak = done.stdout.decode().splitlines()
+    assert "200 of 200" in reason or "cannot be used" in reason, done.stderr[-2000:]
+    assert 2**28 < int(peak) * 1024 < 2**30  # and the window was full
+
+
+class Page:
+    """Answers every question of the page with what it was asked."""
+
+    def about(self):
+        return {"template": "{}", "mask": "random", "mask_ratio": 0.5}
+
+    def content(self, key):
+        return key.encode()
+
+    def classify(self, content, *arguments):
+        return [content.hex(), *arguments[:-1]]
+
+    def mask(self, content, *arguments):
+        return [content.hex(), *arguments[:-1]]
+
+    def search(self, text, left):
+        return [text]
+
+
+@pytest.mark.filterwarnings("ignore::aiohttp.multipart.BadContentDispositionHeader")
+def test_damaged_forms_are_answered_or_refused():
+    fields = (b'name="image"; filename="a.png"', b'name="names"', b'name="text"', b'name="ratio"', b'name="seed"')
+    types = (b"image/png", b"text/plain", b"text/plain; charset=punycode", b"text/plain", b"multipart/mixed")
+    head = b"--x\r\nContent-Disposition: form-data; %s\r\nContent-Type: %s\r\nContent-Encoding: gzip\r\n\r\n%d\r\n"
+    body = (
+        b"".join(head % (field, kind, i) for i, (field, kind) in enumerate(zip(fields, types, strict=True))) + b"--x--"
+    )
+    forms = [(body[: body.index(b"multipart") - 16] + b"\r\n5\r\n--x--", "multipart/form-data; boundary=x")]
+    for seed, mutate in itertools.product(range(60), MUTATIONS):
+        rng = random.Random(f"form {seed} {mutate.__name__}")
+        form, declared = mutate(body, rng)[0], "multipart/form-data; boundary=x"
+        if rng.random() < 0.3:
+            declared = mutate(declared.encode(), rng)[0].decode("latin-1")
+            declared = "".join(character for character in declared if character.isprintable() and character.isascii())
+        forms.append((form, rng.choice((declared, "application/x-www-form-urlencoded; charset=punycode"))))
+
+    origins = itertools.cycle(("", "", "", "null"))
+
+    async def ask():
+        statuses = collections.Counter()
+        async with TestClient(TestServer(demo_server.make_app(Page()))) as client:
+            for (form, declared), path in zip(forms, itertools.cycle(("/classify", "/mask", "/search"))):
+                headers = {"Content-Type": declared, "Origin": next(origins)}
+                async with client.post(path, data=form, headers={k: v for k, v in headers.items() if v}) as response:
+                    assert response.content_type == "application/json", (form, declared)
+                    statuses[response.status] += 1
+        return statuses
+
+    statuses = asyncio.run(ask())
+    assert statuses.keys() <= {200, 400, 403} and statuses[400] > 50, statuses

@@ -13,7 +13,7 @@ from PIL import Image
 from flip_jax import checkpoint, sharding, weights
 from flip_jax.config import DecoderConfig, MeshConfig
 from flip_jax.models.flip import FLIP
-from flip_jax.models.vit import resize_patch_kernel, sincos_2d
+from flip_jax.models.vit import sincos_2d
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_another_patch_size_gets_a_resized_kernel(trained):
 
 def test_a_smaller_kernel_answers_to_smooth_patches_as_the_larger_did():
     kernel = np.random.default_rng(0).normal(size=(16, 16, 3, 5)).astype(np.float32)
-    np.testing.assert_allclose(resize_patch_kernel(kernel, 14).sum((0, 1)), kernel.sum((0, 1)), rtol=0.05, atol=0.5)
+    np.testing.assert_allclose(weights.resize_patch_kernel(kernel, 14).sum((0, 1)), kernel.sum((0, 1)), rtol=0.05, atol=0.5)
 
 
 def test_other_differences_are_refused_with_both_sides(trained):

@@ -12,10 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
+from etils import epath
 from helpers import CONFIG, command, make_encoder, records, save
 
 import flip_jax
-from flip_jax import checkpoint, config_check, runtime, saved_config, stored_arrays, untrusted
+from flip_jax import checkpoint, config_check, manifest, runtime, saved_config, stored_arrays, untrusted
+from flip_jax.data import vocabulary
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.evaluators import class_file
 from flip_jax.runtime import UserError
@@ -77,7 +79,7 @@ def test_pipes_devices_and_large_files_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "card.json").symlink_to(pipe)
     (tmp_path / "index.json").symlink_to(pipe)
     for read in (
-        lambda: Tokenizer.from_vocab(pipe),
+        lambda: vocabulary.read(pipe),
         lambda: card.from_model(tmp_path),
         lambda: card.add_evaluation({}, str(pipe)),
         lambda: records("karpathy", f"{pipe}#train"),
@@ -156,13 +158,18 @@ def test_chunks_larger_than_their_array_are_refused_before_they_are_read(step, t
         shutil.copytree(step / item, tmp_path / item)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         checkpointer.save(tmp_path / "state", {"params": params})
+    manifest.write(epath.Path(tmp_path))  # a stranger's manifest may suit the files
     assert flip_jax.load(tmp_path)
     (array,) = (tmp_path / "state").glob("*image.patch_kernel/.zarray")
     content = json.loads(array.read_text())
     array.write_text(json.dumps(content | {"chunks": [2**34, *content["chunks"][1:]]}))
+    (tmp_path / manifest.NAME).unlink()
+    manifest.write(epath.Path(tmp_path))
     with pytest.raises(UserError, match=r"image.patch_kernel of shape \(.*\) is stored in chunks of \(17179869184"):
         flip_jax.load(tmp_path)
     array.write_text("{}")
+    (tmp_path / manifest.NAME).unlink()
+    manifest.write(epath.Path(tmp_path))
     with pytest.raises(UserError, match="has no weights, or says nothing of their shapes"):
         flip_jax.load(tmp_path)
 
@@ -177,7 +184,7 @@ def test_weights_far_larger_than_their_files_are_refused(tmp_path):
 
 def test_a_step_with_a_pipe_or_huge_settings_is_refused(step, monkeypatch):
     monkeypatch.setattr(untrusted, "MAX_SETTINGS", 1000)
-    with pytest.raises(UserError, match=r"config/metadata has .* bytes, at most 1,000 are read"):
+    with pytest.raises(UserError, match=r"manifest.json has .* bytes, at most 1,000 are read"):
         checkpoint.newest(str(step))
     monkeypatch.undo()
     os.mkfifo(step / "config" / "pipe")

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from flip_jax import weights
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
 
@@ -114,6 +113,8 @@ def trained(config: Config) -> tuple[str, ...]:
 
 def check_unchanged(names: tuple[str, ...], step: epath.Path) -> None:
     """Raises UserError if the labels of the training data meant other classes when a step was saved."""
+    from flip_jax import weights  # it imports JAX, which worker processes do not need
+
     saved = weights.read_class_names(step)
     if saved is not None and saved != names:
         changed = next((i for i, pair in enumerate(zip(saved, names, strict=False)) if pair[0] != pair[1]), None)

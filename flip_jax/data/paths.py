@@ -27,6 +27,8 @@ MAX_RANGE = 10**7  # numbers in one pair of braces
 PARENT = '".." in a path (allowed for local files by data.allow_parent_paths)'  # the kind of such bad records
 URL = "URL in a local table (allowed by data.allow_urls)"
 TIMEOUT = 30  # seconds for each request of an image that a table names
+UNPACKED, RATIO = 2**30, 256  # bytes that may be unpacked from anything; how much more than the file beyond that
+XZ_MEMORY, PROBE = 2**28, 2**10  # bytes that xz may hold, which the start of a file says
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _REMEDIES = {  # what a store's client says, and what helps; the first that matches is added to the message
     r"ImportError|ModuleNotFoundError|Protocol not known": 'install its client, pip install -e ".[remote]"',
@@ -111,6 +113,8 @@ def decompress(file: BinaryIO) -> BinaryIO:
     elif head.startswith(b"BZh") and head[4:] == b"1AY&SY":
         stream = bz2.BZ2File
     elif head.startswith(b"\xfd7zXZ\0"):
+        _ask(lzma.LZMADecompressor(memlimit=XZ_MEMORY).decompress, file.read(PROBE))
+        file.seek(0)
         stream = lzma.LZMAFile
     elif head.startswith((b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")):
         import pyarrow  # slow to import, and few files need it
@@ -136,8 +140,13 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer):
         data = _ask(self._stream.read, len(buffer))
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._count(data)
         return len(data)
+
+    def _count(self, data):
+        self._at += len(data)
+        if self._at > UNPACKED and self._at > RATIO * (packed := self._file.tell()):
+            raise OSError(f"unpacks to more than {RATIO} times its size, {packed:,} to {self._at:,} bytes: unpack it")
 
     def seek(self, offset, whence=io.SEEK_SET):
         if whence == io.SEEK_END:
@@ -148,7 +157,7 @@ class _Decompressed(io.RawIOBase):
             self._file.seek(0)
             self._stream, self._at = self._open(self._file), 0
         while self._at < offset and (data := _ask(self._stream.read, min(BUFFER, offset - self._at))):
-            self._at += len(data)
+            self._count(data)
         return self._at
 
     def tell(self):

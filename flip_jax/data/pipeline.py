@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import itertools
 import logging
 import os
 import re
@@ -56,7 +55,7 @@ def train_dataset(
         "shards": [len(source) for _, source in mixture],
         "sources": _described(config, mixture),
     }
-    return _Batches(config, tokenizer, mixture, schedules, rows, identity)
+    return _Batches(config, tokenizer, worker_count(config), mixture, schedules, rows, identity)
 
 
 def open_mixture(config: Config) -> list[tuple[float, Any]]:
@@ -83,17 +82,6 @@ def _described(config, mixture):
     ]
 
 
-def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
-    """Reads at most `limit` captions of the training data to learn a vocabulary from, the same in every process."""
-    mixture, captions = open_mixture(config), []
-    for _, source in mixture:
-        schedule = sources.Schedule(len(source), config.seed)
-        records = sources.in_order(source, (schedule[i][0] for i in range(len(source))))
-        texts = (text for record in records for text in record.get("texts", []))
-        captions += itertools.islice(texts, limit // len(mixture))
-    return captions
-
-
 def problems(config: Config) -> list[str]:
     """Returns the reason why config.data.train cannot be opened; nothing where it can."""
     try:
@@ -114,13 +102,11 @@ def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer 
     if config.finetune.classes:
         return None
     size = config.model.text.vocab_size
-    if saved:
-        tokenizer = saved
-    elif config.data.vocab:
-        tokenizer = Tokenizer.from_vocab(config.data.vocab)
-    else:
-        _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
-        tokenizer = Tokenizer.train(caption_sample(config), size)
+    tokenizer = saved
+    if not tokenizer:
+        from flip_jax.data import vocabulary  # only a new run needs it
+
+        tokenizer = vocabulary.make(config)
     if tokenizer.vocab_size > size:
         raise UserError(
             f"config.model.text.vocab_size {size} is less than the tokenizer's {tokenizer.vocab_size} entries "
@@ -157,10 +143,10 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
 class _BatchIterator(grain.DatasetIterator):
     """Mixes the sources and counts their records. Its state is each source's place and the counts."""
 
-    def __init__(self, config, tokenizer, mixture, schedules, rows, identity):
+    def __init__(self, config, tokenizer, workers, mixture, schedules, rows, identity):
         super().__init__()
         self._config, self._tokenizer, self._rows, self._identity = config, tokenizer, rows, identity
-        self._mixture, self._schedules = mixture, schedules
+        self._workers, self._mixture, self._schedules = workers, mixture, schedules
         self._weights = [weight for weight, _ in mixture]
         self._bad_in_a_row, self._examples = 0, {}
         self._distinct: set[str] | None = set()  # keys, until they are as many as a batch has
@@ -172,11 +158,11 @@ class _BatchIterator(grain.DatasetIterator):
         config, process = self._config, self._identity["process_index"]
         opened = [source for _, source in self._mixture]
         target = samples.make_target(config, self._tokenizer)
-        if count := worker_count(config):
+        if self._workers:
             from flip_jax.data import workers  # only a run with workers needs it
 
             values = [value for _, value in entries(config)]
-            self.maker = workers.Workers(count, config, self._tokenizer, values, opened, self._rows)
+            self.maker = workers.Workers(self._workers, config, self._tokenizer, values, opened, self._rows)
             opened = self.maker.sources
         else:
             self.maker = _Threads(config, target)
@@ -270,7 +256,7 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 class _Threads:
-    """Makes samples in threads of this process. `workers.Workers` does the same in processes."""
+    """Makes samples in threads, which wait for one that takes long. `workers.Workers` does the same in processes."""
 
     def __init__(self, config, target):
         self._config, self._target, self.look_ahead = config, target, 2 * threads(config)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flip_jax import untrusted
 from flip_jax.config import DataConfig
 from flip_jax.data import fingerprint, indexed, paths, shards
 from flip_jax.data.records import MAX_TEXT, json_object, sample
@@ -62,7 +63,8 @@ class Csv(indexed.Files):
 
     def _read(self, path, columns):
         """Appends the rows of a file; returns the columns with captions, or "" and all columns."""
-        with paths.open_file(path) as file, _text(paths.decompress(file), path) as text:
+        with paths.open_file(path) as file, _text(paths.decompress(file), path) as opened:
+            text = untrusted.lines(opened, path)
             first = next(filter(str.strip, text), "")
             separator, names = _header(path, first, self._data)
             image, captions, label = _wanted(names, self._data)

@@ -19,6 +19,7 @@ import marshal
 import mmap
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ import numpy as np
 
 from flip_jax.config import Config
 from flip_jax.data import indexed, worker_process
-from flip_jax.data.records import CHUNK, END, Pick, Record
+from flip_jax.data.records import Pick, Record, is_last
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
@@ -46,6 +47,9 @@ AHEAD = 2  # requests to decode that a worker has at once, so that it never wait
 
 class Workers:
     """Makes samples in worker processes, and batches in memory that they share. They start when they are first asked.
+
+    A record that takes a worker more than `TOO_SLOW` seconds is bad, of the kind "too slow"; threads could not be
+    interrupted. So is one at which two workers died, "ends the decoder".
 
     Raises:
       UserError: a worker cannot start, or dies again and again; what it raised itself.
@@ -80,6 +84,9 @@ class Workers:
         weakref.finalize(self, os.close, self._store)
         tapes = itertools.count(1)
         channels = {"prepare": AHEAD, "put": 1, "read": -(-readers // count)}
+        # Shells allow 1,024 open files, which the channels of many workers exceed.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + 2 * count * sum(channels.values())), hard))
         self._workers = [_Worker(i, self._store, settings, channels, tapes) for i in range(count)]
         self.sources = [_Remote(source, i, self._workers) for i, source in enumerate(opened)]
         self._pool = ThreadPoolExecutor(AHEAD * count, "flip_jax-decode")
@@ -160,7 +167,7 @@ class _Remote:
         while True:
             chunk = worker.ask("read", reader, wanted, offset)
             yield from chunk
-            if len(chunk) < CHUNK or chunk[-1][1] == END:
+            if is_last(chunk):
                 return
             offset = chunk[-1][1]
 

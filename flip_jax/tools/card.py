@@ -18,7 +18,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from flip_jax import checkpoint, config_check, metrics, models, saved_config, untrusted
 from flip_jax.config import Config
-from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from flip_jax.data.clip_tokenizer import ClipTokenizer
+from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 from flip_jax.tools import options
 from flip_jax.untrusted import code

@@ -18,6 +18,7 @@ import jax
 
 from flip_jax import checkpoint, config_check, lock, runtime, saved_config, weights
 from flip_jax.config import Config, DataConfig
+from flip_jax.data import vocabulary
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 from flip_jax.tools import card
@@ -73,7 +74,7 @@ def to_open_clip(path: str, out: str) -> None:
 
 
 def _tokenizer(config: Config) -> Tokenizer:
-    tokenizer, size = Tokenizer.from_vocab(config.data.vocab), config.model.text.vocab_size
+    tokenizer, size = vocabulary.read(config.data.vocab), config.model.text.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(
             f"{config.data.vocab} has {tokenizer.vocab_size} entries, but the model's text.vocab_size is only {size}"

@@ -13,11 +13,10 @@ from helpers import CONFIG, png, samples, write_tar
 
 from flip_jax import checkpoint, saved_config, weights
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import fingerprint, pipeline
-from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data import fingerprint, pipeline, vocabulary
 from flip_jax.runtime import UserError
 
-TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(200)], 100)
+TOKENIZER = vocabulary.train([f"picture {i}" for i in range(200)], 100)
 MODEL = ModelConfig(image=ImageConfig(image_size=16, patch_size=8), text=TextConfig(vocab_size=100, context_length=6))
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from flip_jax.config import DataConfig
-from flip_jax.data import records, transforms
+from flip_jax.data import rare_images, records, transforms
 
 DATA = DataConfig()
 
@@ -92,6 +92,16 @@ def test_an_opened_file_gives_the_pixels_of_its_bytes(resize, name, data):
         if "turned" in name and "TIFF" not in name:  # Pillow turns the pixels of a TIFF itself
             turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
             np.testing.assert_array_equal(transforms.eval_image(turned, 32, settings), ours)
+
+
+@pytest.mark.parametrize("name, data", list(files()), ids=lambda value: value if isinstance(value, str) else "")
+def test_large_images_are_converted_in_bands_to_the_same_pixels(monkeypatch, name, data):
+    whole = transforms.decode(data, 32, DATA)
+    monkeypatch.setattr(transforms, "BAND", 7 * 91)
+    monkeypatch.setattr(rare_images, "BAND", 7 * 91)
+    monkeypatch.setattr(transforms, "LARGE", 1)
+    np.testing.assert_array_equal(transforms.decode(data, 32, DATA), whole)
+    assert not transforms._large.locked()
 
 
 def test_every_extension_of_the_list_is_that_of_a_format_that_decodes():

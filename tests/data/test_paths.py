@@ -1,14 +1,24 @@
 """Patterns of shards as in webdataset, however many there are, and files of remote stores."""
 
+import bz2
 import functools
+import gzip
 import http.server
+import lzma
 import os
+import pathlib
+import socket
+import struct
 import threading
+import zlib
 
 import fsspec
+import pyarrow
 import pytest
-from helpers import records, samples, summary, write_tar
+from helpers import png, records, samples, summary, write_tar
+from pyarrow import parquet
 
+from flip_jax import untrusted
 from flip_jax.config import DataConfig
 from flip_jax.data import paths, sources
 from flip_jax.data import shards as shard_files
@@ -91,3 +101,79 @@ def test_shards_over_http(tmp_path):
         assert [r["texts"] for r in found] == [[f"picture {i}"] for i in range(4)]
     finally:
         server.shutdown()
+
+
+ZEROS = bytes(2**23)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, "zstd", "lz4"])
+def test_what_unpacks_to_far_more_than_its_size_is_not_read_on(tmp_path, monkeypatch, no_waiting, compress):
+    """The members after a good one are zeros, which unpack to a thousand times their size, or are skipped as such."""
+    monkeypatch.setattr(paths, "UNPACKED", 2**20)
+    monkeypatch.setattr(paths, "RATIO", 64)
+    name = write_tar(tmp_path / "0.tar", [*samples(1), ("large.bin", ZEROS), ("1.png", ZEROS), *samples(1, start=2)])
+    with open(name, "rb") as file:
+        content = file.read()
+    packed = pyarrow.compress(content, compress, asbytes=True) if isinstance(compress, str) else compress(content)
+    (tmp_path / "1.tar").write_bytes(packed)
+    first, *others, last = records("webdataset", tmp_path / "1.tar")
+    assert (first["texts"], others) == (["picture 0"], [])
+    assert last["bad"] == "unreadable shard" and "unpacks to more than 64 times its size" in last["why"]
+    monkeypatch.undo()
+    assert [record["key"] for record in records("webdataset", tmp_path / "1.tar")][-1] == "1.tar/00002"
+
+
+def test_xz_that_needs_gigabytes_is_not_unpacked(tmp_path, no_waiting):
+    name = write_tar(tmp_path / "0.tar", samples(1))
+    packed = bytearray(lzma.compress(pathlib.Path(name).read_bytes()))
+    assert records("webdataset", name)[0]["texts"] == ["picture 0"]
+    # The header of the first block has the size of the dictionary, here 4 GB, and ends in a checksum.
+    length = 4 * (packed[12] + 1)
+    place = packed.index(b"\x21\x01", 12) + 2
+    packed[place] = 40
+    packed[12 + length - 4 : 12 + length] = struct.pack("<I", zlib.crc32(packed[12 : 12 + length - 4]))
+    (tmp_path / "1.tar").write_bytes(packed)
+    (record,) = records("webdataset", tmp_path / "1.tar")
+    assert record["bad"] == "unreadable shard" and "Memory usage limit" in record["why"]
+
+
+def test_only_remote_tables_name_urls(tmp_path):
+    store = fsspec.filesystem("memory")
+    store.pipe("/urls/a.png", png(1))
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(2))
+    names = [
+        "memory://urls/a.png",
+        f"file://{secret}",
+        f"local://{secret}",
+        "simplecache::memory://urls/a.png",
+        "x://a",
+    ]
+    table = "url,caption\n" + "".join(f"{name},a\n" for name in names)
+    (tmp_path / "a.csv").write_text(table)
+    store.pipe("/urls/a.csv", table.encode())
+    columns = pyarrow.table({"file_name": names, "caption": ["a"] * len(names)})
+    parquet.write_table(columns, tmp_path / "a.parquet")
+    url = "URL in a local table (allowed by data.allow_urls)"
+    for kind, path in (("csv", tmp_path / "a.csv"), ("parquet", tmp_path / "a.parquet")):
+        assert [record.get("bad") for record in records(kind, path)] == [url] * 5
+        allowed = records(kind, path, allow_urls=True)
+        assert [record.get("bad") for record in allowed] == [None, url, url, url, "unreadable image"]
+    assert [record.get("bad") for record in records("csv", "memory://urls/a.csv")][:4] == [None, url, url, url]
+
+
+def test_a_url_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and says nothing
+        (tmp_path / "a.csv").write_text(f"url,caption\nhttp://127.0.0.1:{silent.getsockname()[1]}/a.png,a\n")
+        (record,) = records("csv", tmp_path / "a.csv", allow_urls=True)
+    assert record["bad"] == "unreadable image"
+
+
+def test_a_line_that_never_ends_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted, "MAX_LINE", 1000)
+    (tmp_path / "a.csv").write_text("path,caption\na.png," + "a" * 900 + "\nb.png," + "b" * 1000 + "\n")
+    with pytest.raises(UserError, match=r"a.csv has a line of more than 1,000 characters"):
+        records("csv", tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("path,caption\na.png," + "a" * 900 + "\nb.png,b\n")
+    assert len(records("csv", tmp_path / "a.csv")) == 2

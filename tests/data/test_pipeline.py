@@ -14,13 +14,12 @@ import pytest
 from helpers import FIXTURES, REPO, png, samples, write_tar
 
 from flip_jax.config import Config, DataConfig, EvalConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import eval_batches, pipeline, sources, transforms
+from flip_jax.data import eval_batches, pipeline, sources, transforms, vocabulary
 from flip_jax.data import shards as shard_files
 from flip_jax.data.records import END
-from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
-TOKENIZER = Tokenizer.train([f"picture {i}" for i in range(200)], 100)
+TOKENIZER = vocabulary.train([f"picture {i}" for i in range(200)], 100)
 MODEL = ModelConfig(image=ImageConfig(image_size=16, patch_size=8), text=TextConfig(vocab_size=100, context_length=6))
 
 
@@ -360,10 +359,10 @@ def test_evaluation_batches_must_divide_by_the_processes(shards, monkeypatch):
 
 def test_the_caption_sample_is_bounded_and_always_the_same(shards):
     settings = config(shards)
-    whole = pipeline.caption_sample(settings)
+    whole = vocabulary.caption_sample(settings)
     truth = {f"picture {i}" for i in range(133)}
     assert len(whole) == len(set(whole)) > 110 and set(whole) < truth
-    assert pipeline.caption_sample(settings, 10) == whole[:10]
+    assert vocabulary.caption_sample(settings, 10) == whole[:10]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import FIXTURES, REPO
 
+from flip_jax.data import vocabulary
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
@@ -18,7 +19,7 @@ CAPTIONS = [f"A {a} {b}, {c}." for a in WORDS for b in WORDS for c in WORDS]
 
 def test_recorded_captions_have_the_same_ids(recorded):
     fixture = json.loads((recorded / "tokenization.json").read_text())
-    tokenizer = Tokenizer.from_vocab(recorded / "vocab_bert_base.txt")
+    tokenizer = vocabulary.read(recorded / "vocab_bert_base.txt")
     assert tokenizer.vocab_size == 30_522
     captions = [entry["caption"] for entry in fixture["captions"]]
     assert len(captions) == 206
@@ -38,7 +39,7 @@ def test_byte_pairs_are_open_clips(tmp_path, packed):
     if packed:
         path = tmp_path / "any name"
         path.write_bytes(gzip.compress((FIXTURES / "clip_bpe.txt").read_bytes()))
-    tokenizer = Tokenizer.from_vocab(path)
+    tokenizer = vocabulary.read(path)
     assert tokenizer.vocab_size == recording["vocab_size"] == 512 + 400 + 2
     texts = [row["text"] * row["times"] for row in recording["captions"]]
     assert len(texts) > 60 and max(map(len, texts)) >= 10_000 and "" in texts
@@ -51,7 +52,7 @@ def test_byte_pairs_are_open_clips(tmp_path, packed):
 
 
 def test_byte_pairs_that_are_cut_keep_the_end():
-    tokenizer = Tokenizer.from_vocab(FIXTURES / "clip_bpe.txt")
+    tokenizer = vocabulary.read(FIXTURES / "clip_bpe.txt")
     start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
     whole = tokenizer(["the &amp; the"], 8)[0].tolist()
     assert whole[0] == start and whole[4:] == [end, 0, 0, 0] and whole[1] == whole[3]
@@ -68,11 +69,11 @@ def test_the_whole_vocabulary_of_clip_has_49408_entries(tmp_path):
         f"{a}{b} {c}" for a in first for b in first for c in first[:9]
     ]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    assert len(merges) > 262_144 and Tokenizer.from_vocab(tmp_path / "merges.txt").vocab_size == 49_408
+    assert len(merges) > 262_144 and vocabulary.read(tmp_path / "merges.txt").vocab_size == 49_408
 
 
 def test_long_and_empty_captions_and_entities(recorded):
-    tokenizer = Tokenizer.from_vocab(recorded / "vocab_bert_base.txt")
+    tokenizer = vocabulary.read(recorded / "vocab_bert_base.txt")
     cat, amp, semicolon, and_ = tokenizer(["cat amp ; &"], 4)[0].tolist()
     assert tokenizer(["&amp; cat"], 5)[0].tolist() == [and_, amp, semicolon, cat, 0]  # the official one does not decode
     long = ["cat " * 2500, "c" * 10_000, "&amp;" * 2000, "\u732b" * 10_000, " " * 10_000, "cat" + "\u200b" * 10_000]
@@ -90,7 +91,7 @@ def test_a_tokenizer_saved_before_there_were_kinds_loads():
 
 
 def test_words_are_measured_in_bytes(recorded):
-    tokenizer = Tokenizer.from_vocab(recorded / "vocab_bert_base.txt")
+    tokenizer = vocabulary.read(recorded / "vocab_bert_base.txt")
     unknown = [100, 0]
     for text, known in (("a" * 100, True), ("a" * 101, False), ("ж" * 50, True), ("ж" * 51, False), ("é" * 100, True)):
         ids = tokenizer([text], 2)[0].tolist()
@@ -108,7 +109,7 @@ def test_rows_are_cut_and_padded():
 
 
 def test_a_trained_vocabulary_covers_its_captions():
-    tokenizer = Tokenizer.train(CAPTIONS, 100)
+    tokenizer = vocabulary.train(CAPTIONS, 100)
     vocab = tokenizer.to_json()["model"]["vocab"]
     assert tokenizer.vocab_size == len(vocab) <= 100 and (vocab["[PAD]"], vocab["[UNK]"]) == (0, 1)
     assert set(vocab.values()) == set(range(len(vocab)))
@@ -123,7 +124,7 @@ def test_a_trained_vocabulary_covers_its_captions():
 
 def test_rare_characters_give_way_in_a_small_vocabulary():
     captions = CAPTIONS + [chr(c) + "x" for c in range(0x4E00, 0x5200)]
-    tokenizer = Tokenizer.train(captions, 120)
+    tokenizer = vocabulary.train(captions, 120)
     assert tokenizer.vocab_size <= 120
     assert not (tokenizer(CAPTIONS, 16) == 1).any() and tokenizer(["\u5100"], 2).tolist() == [[1, 0]]
 
@@ -131,8 +132,8 @@ def test_rare_characters_give_way_in_a_small_vocabulary():
 def test_the_same_captions_give_the_same_vocabulary_in_every_process():
     captions = CAPTIONS + ["élan", "αβγ δε", "жук жаба"]
     program = (
-        "import json, sys; from flip_jax.data.tokenizer import Tokenizer\n"
-        "print(json.dumps(Tokenizer.train(json.load(sys.stdin), 90).to_json()))"
+        "import json, sys; from flip_jax.data import vocabulary\n"
+        "print(json.dumps(vocabulary.train(json.load(sys.stdin), 90).to_json()))"
     )
     other = subprocess.run(
         [sys.executable, "-c", program],
@@ -142,7 +143,7 @@ def test_the_same_captions_give_the_same_vocabulary_in_every_process():
         cwd=REPO,
         check=True,
     )
-    assert json.loads(other.stdout) == Tokenizer.train(captions, 90).to_json()
+    assert json.loads(other.stdout) == vocabulary.train(captions, 90).to_json()
 
 
 def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path):
@@ -154,7 +155,7 @@ def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path):
     (tmp_path / "cut.gz").write_bytes(packed[:-12])
     (tmp_path / "damaged.gz").write_bytes(packed[:15] + b"\xff\xff\xff" + packed[18:])
     (tmp_path / "good.txt").write_text("[PAD]\n[UNK]\ncat\n")
-    assert Tokenizer.from_vocab(tmp_path / "good.txt")(["cat"], 1).tolist() == [[2]]
+    assert vocabulary.read(tmp_path / "good.txt")(["cat"], 1).tolist() == [[2]]
     for name, message in (
         ("gone.txt", "No such file"),
         ("words.txt", r"\[PAD\] must be the first of its 2 WordPiece tokens"),
@@ -166,4 +167,4 @@ def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path):
         ("", "Is a directory"),
     ):
         with pytest.raises(UserError, match=rf"config.data.vocab .*{name}.*{message}.*one is trained on the captions"):
-            Tokenizer.from_vocab(tmp_path / name)
+            vocabulary.read(tmp_path / name)

@@ -13,7 +13,8 @@ import safetensors
 from safetensors.numpy import save
 
 from flip_jax.config import ModelConfig
-from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from flip_jax.data.clip_tokenizer import ClipTokenizer
+from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.flip import MAX_SCALE
 from flip_jax.runtime import UserError
 from flip_jax.tools import options

@@ -6,7 +6,8 @@ from typing import Any
 
 from flip_jax import config_check
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
-from flip_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from flip_jax.data.clip_tokenizer import ClipTokenizer
+from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.vit import PIXEL_STATS
 from flip_jax.runtime import UserError
 
