@@ -67,7 +67,9 @@ def test_another_patch_size_gets_a_resized_kernel(trained):
 
 def test_a_smaller_kernel_answers_to_smooth_patches_as_the_larger_did():
     kernel = np.random.default_rng(0).normal(size=(16, 16, 3, 5)).astype(np.float32)
-    np.testing.assert_allclose(weights.resize_patch_kernel(kernel, 14).sum((0, 1)), kernel.sum((0, 1)), rtol=0.05, atol=0.5)
+    np.testing.assert_allclose(
+        weights.resize_patch_kernel(kernel, 14).sum((0, 1)), kernel.sum((0, 1)), rtol=0.05, atol=0.5
+    )
 
 
 def test_other_differences_are_refused_with_both_sides(trained):
