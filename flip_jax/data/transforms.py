@@ -217,8 +217,18 @@ def resize(pixels: np.ndarray, window: Sequence[float], size: int, settings: Dat
     options = cykooz_resizer.ResizeOptions(algorithm, crop_box=box)
     source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes())
     target = cykooz_resizer.ImageData(size, size, kind)
-    cykooz_resizer.Resizer().resize(source, target, options)
+    _own.resizer.resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+class _Own(threading.local):
+    """The resizer of each thread, which keeps its buffers from image to image."""
+
+    def __init__(self):
+        self.resizer = cykooz_resizer.Resizer()
+
+
+_own = _Own() if cykooz_resizer else None
 
 
 @functools.cache
