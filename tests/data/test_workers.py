@@ -213,7 +213,8 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(shards, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_process_that_trains(shards, number):
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import signal, sys; sys.path.insert(0, 'tests')\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have what they start with & ignore it
         "from data.test_workers import alive, batches\n"
         f"iterator = batches({shards!r}, 2)\n"
         "next(iterator)\n"
