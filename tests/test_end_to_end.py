@@ -127,6 +127,23 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, shards, tmp_pat
 
 
 @pytest.mark.slow
+def test_sigterm_in_an_evaluation_saves_without_its_end(shards, tmp_path):
+    task = f"zeroshot/webdataset:{shards}/{{00000..00001}}.tar"
+    settings = {"eval.tasks": task, "eval.classnames": shards / "classes.txt", "eval.batch_size": 1}
+    command = arguments(shards, tmp_path, **settings, **{"eval.every_steps": 12, "total_samples": 32_000})
+    process = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 12/"):  # 8 texts and 128 images follow, one at a time
+            process.send_signal(signal.SIGTERM)
+            break
+    said = process.stdout.read()
+    assert process.wait(timeout=120) == 0
+    assert "step 12 is not evaluated, because the run stops: flip evaluate does it\n" in said
+    assert said.splitlines()[-1].startswith("SIGTERM: saved step 12 of 1000 in ")
+    assert not [line for line in metrics(tmp_path) if "zeroshot/mean" in line]
+
+
+@pytest.mark.slow
 def test_init_from_takes_the_weights_only(undisturbed, shards, tmp_path):
     workdir, _ = undisturbed
     changes = {"init_from": workdir, "total_samples": 32, "warmup_samples": 0, "optim.base_learning_rate": 1e-12}

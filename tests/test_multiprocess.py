@@ -1,6 +1,7 @@
 """Real processes, joined by jax.distributed over gloo: as one, stopped, and killed."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,8 +11,12 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 from helpers import COMPILE_FAST, LOSS, REPO, arguments, environment, final_params, leaves, metrics
+from terminal import on_a_terminal
+
+from flip_jax import damage
 
 LOST = 180  # seconds: no process waits longer for one that was killed
 
@@ -133,6 +138,19 @@ def test_a_run_of_two_processes_stops_on_sigterm_resumes_and_ends(start, shards,
         assert np.isfinite(leaf).all()
     data = sorted(path.name for path in (run / "checkpoints" / "24" / "data").glob("*.json"))
     assert data == ["process_0-of-2.json", "process_1-of-2.json"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal_of_two_processes_saves_and_ends_both(shards, tmp_path):
+    command = arguments(shards, tmp_path / "run", **{"mesh.fsdp": 2, "log.every_steps": 1, "total_samples": 32_000})
+    env = environment() | {"PROCESSES": "2", "PORT": str(free_port()), "PYTHON": sys.executable}
+    env["XLA_FLAGS"] += f" {COMPILE_FAST}"
+    code, said = on_a_terminal(["launch/local.sh", "run", *command[2:]], lambda said: "[0] step 3/" in said, env)
+    assert code == 130 and "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    step = re.fullmatch(r"\[0\] interrupted: saved step (\d+) of 1000 in .*; run the same command to resume", last)[1]
+    assert damage.problems(epath.Path(tmp_path / "run" / "checkpoints" / step)) == []
+    assert not (tmp_path / "run" / "lock").exists()
 
 
 @pytest.mark.slow

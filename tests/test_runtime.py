@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from helpers import REPO, arguments, environment
+from helpers import REPO, arguments, environment, samples, write_tar
+from terminal import on_a_terminal
 
 from flip_jax import runtime
 
@@ -88,6 +89,14 @@ def test_ctrl_c_saves_the_step_and_ends(shards, tmp_path):
     assert code == 130 and "Traceback" not in said and "Fatal" not in said
     last = re.fullmatch(r"interrupted: saved step (\d+) of 1000 in .*; run the same command to resume", lines(said)[-1])
     assert last[1] in checkpoints(tmp_path / "run") and not (tmp_path / "run" / "lock").exists()
+
+
+def test_ctrl_c_in_a_command_is_one_line(tmp_path):
+    path, out = write_tar(tmp_path / "0.tar", samples(3000)), tmp_path / "out"
+    command = [sys.executable, "-m", "flip_jax", "prepare", f"webdataset:{path}", str(out), "--shards=2"]
+    code, said = on_a_terminal(command, lambda _: (out / "progress.json").exists())
+    assert code == 130 and said.rstrip().endswith("interrupted") and "Traceback" not in said, said
+    assert not (out / "lock").exists()
 
 
 def lines(said):
