@@ -14,7 +14,7 @@ import sys
 from flip_jax import runtime
 
 if __name__ == "__main__":
-    runtime.Interrupts().__enter__()
+    runtime.Interrupts().start()
 
 from flip_jax import config_check, train
 

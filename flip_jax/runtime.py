@@ -176,7 +176,7 @@ class Interrupts:
 
     signals: tuple[int, ...] = (signal.SIGINT,)
 
-    def __enter__(self) -> Self:
+    def start(self) -> Self:
         # Python's own handlers wait until native code returns. What it writes to this pipe is read by a thread.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -184,6 +184,8 @@ class Interrupts:
         self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
         return self
+
+    __enter__ = start
 
     def __exit__(self, *_: Any) -> None:
         signal.set_wakeup_fd(self._previous)

@@ -297,6 +297,35 @@ def test_tars_of_holes_and_sparse_members_are_refused_before_they_are_read(tmp_p
     assert others == [["unsafe member"], *[["shard damaged"]] * 3]
 
 
+LOAD = """
+import pathlib, re, sys
+from flip_jax.config import Config, DataConfig
+from flip_jax.data import pipeline
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.runtime import UserError
+data = DataConfig(train=sys.argv[1], threads=2, shuffle_window=2000, max_bad_fraction=1.0)
+batches = pipeline.train_dataset(
+    Config(global_batch_size=8, data=data),
+    Tokenizer({"[PAD]": 0, "[UNK]": 1}), process_index=0, process_count=1)
+try:
+    next(iter(batches))
+except UserError as error:
+    print(error)
+print(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_a_loader_of_nothing_but_large_records_holds_few_of_them(tmp_path):
+    """The window of 2,000 records would take 60 GB, and the chunk of 64 that is read ahead 2 GB."""
+    source = hostile.tar_of_holes(tmp_path / "0.tar", [30 * 2**20] * 120)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, source], cwd=REPO, env=helpers.environment(), capture_output=True
+    )
+    reason, peak = done.stdout.decode().splitlines()
+    assert "200 of 200" in reason or "cannot be used" in reason, done.stderr[-2000:]
+    assert 2**28 < int(peak) * 1024 < 2**30  # and the window was full
+
+
 class Page:
     """Answers every question of the page with what it was asked."""
 
@@ -316,6 +345,7 @@ class Page:
         return [text]
 
 
+@pytest.mark.filterwarnings("ignore::aiohttp.multipart.BadContentDispositionHeader")
 def test_damaged_forms_are_answered_or_refused():
     fields = (b'name="image"; filename="a.png"', b'name="names"', b'name="text"', b'name="ratio"', b'name="seed"')
     types = (b"image/png", b"text/plain", b"text/plain; charset=punycode", b"text/plain", b"multipart/mixed")

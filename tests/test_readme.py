@@ -239,6 +239,7 @@ RUN = {
         "--config.microbatches=2",
         "--config.eval.every_steps=3",
     ],
+    "flip check": [],
     "flip evaluate": ["--batch_size=64", "--classnames=pairs/classes.txt"],
     "flip report": [],
     "flip embed": [],

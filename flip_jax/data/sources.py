@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from flip_jax.config import DataConfig
-from flip_jax.data.records import CHUNK, END, Pick, Record
+from flip_jax.data.records import Pick, Record, is_last, take_chunk
 from flip_jax.runtime import UserError
 
 Places = list[list[int]]  # [entry of the schedule, offset in it] of each item that is being read
@@ -111,7 +111,7 @@ def interleave(source: Any, schedule: Schedule, places: Places) -> Iterator[tupl
         return read_ahead(entry, source.read(picks, offset))
 
     def read_ahead(entry, reader):
-        return entry, reader, pool.submit(lambda: list(itertools.islice(reader, CHUNK)))
+        return entry, reader, pool.submit(take_chunk, reader)
 
     newest = max(entry for entry, _ in places)
     with ThreadPoolExecutor(len(places), "flip_jax-read") as pool:
@@ -119,7 +119,7 @@ def interleave(source: Any, schedule: Schedule, places: Places) -> Iterator[tupl
         while True:
             entry, reader, future = slots.popleft()
             chunk = future.result()
-            if len(chunk) < CHUNK or chunk[-1][1] == END:
+            if is_last(chunk):
                 # This entry is read to its end: the next one of the schedule takes its slot.
                 newest += 1
                 places = [*places[1:], [newest, 0]]

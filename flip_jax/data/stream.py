@@ -5,11 +5,13 @@ import logging
 import random
 
 from flip_jax.data import sources
+from flip_jax.data.records import held, take
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)
 
-SLICE = 32  # records that a thread decodes at a time
+SLICE = 32  # records that a thread decodes at a time, fewer if they are large
+MEAN_HELD, MIN_HELD = 100 * 2**10, 2**28  # bytes of a window: for each of its records; at least
 NONE_AMONG = 100  # records of which none can be used, at the start of a run
 
 
@@ -57,23 +59,27 @@ class Stream:
     def _slices(self, places, window, position):
         """Yields (place, records) of each slice from a place on."""
         chunks = self._chunks(places)
-        begin, coming = places, []  # the next window: where it begins, and its records read so far
+        # The next window: where it begins, its records read so far, and their bytes, which may end it early.
+        begin, coming, size = places, [], 0
+        most = max(MIN_HELD, MEAN_HELD * self._source.window)
 
         def fill(length):
-            nonlocal places
-            while len(coming) < length:
+            nonlocal places, size
+            while len(coming) < length and size < most:
                 places, chunk = next(chunks)
                 coming.extend(chunk)
+                size += sum(map(held, chunk))
 
         while True:
             fill(self._source.window)
             random.Random(f"{self._seed}/{window}").shuffle(coming)
             records, current = coming[position:], begin  # a resumed window skips what was used up before
-            begin, coming = places, []
+            begin, coming, size = places, [], 0
             while records:
-                yield {"places": current, "window": window, "position": position}, records[:SLICE]
-                position += len(records[:SLICE])
-                del records[:SLICE]
+                some = take(iter(records), SLICE)
+                yield {"places": current, "window": window, "position": position}, some
+                position += len(some)
+                del records[: len(some)]
                 # The next window fills at the pace at which this one empties: the loader never waits for a whole
                 # window, and never holds two.
                 fill(min(position, self._source.window))

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import functools
-import itertools
 import logging
 import marshal
 import mmap
@@ -18,7 +17,7 @@ import numpy as np
 
 from flip_jax.config import Config
 from flip_jax.data import indexed, samples, sources
-from flip_jax.data.records import CHUNK, END
+from flip_jax.data.records import held, is_last, take_chunk
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
@@ -99,7 +98,7 @@ class _Server:
             source = self._sources[reader[0]]
             reading = source.read(wanted, offset) if source else indexed.load(wanted, self._config.data)
         chunk, says = [], True
-        for record, offset in itertools.islice(reading, CHUNK):  # noqa: B020  of the last one is used below
+        for record, offset in take_chunk(reading):
             if "bad" in record:
                 chunk.append((record, offset))
                 continue
@@ -109,13 +108,13 @@ class _Server:
                     self._tape = self._begin  # freed long ago
                 place, self._tape = self._tape, self._tape + pages(len(blob))
             os.pwrite(self._store, blob, place)
-            short = {"key": record["key"], "at": (place, len(blob))}
+            short = {"key": record["key"], "at": (place, len(blob)), "size": held(record)}
             if says and record["texts"]:  # an example, which is logged
                 short |= {"texts": record["texts"], "caption": record["caption"]}
                 says = False
             chunk.append((short, offset))
-        if len(chunk) == CHUNK and offset != END:
-            self._readers[reader] = (offset, reading)
+        if not is_last(chunk):
+            self._readers[reader] = (chunk[-1][1], reading)
         return chunk
 
     def prepare(self, numbers, records, used):

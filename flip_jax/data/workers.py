@@ -34,7 +34,7 @@ import numpy as np
 
 from flip_jax.config import Config
 from flip_jax.data import indexed, worker_process
-from flip_jax.data.records import CHUNK, END, Pick, Record
+from flip_jax.data.records import Pick, Record, is_last
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 
@@ -167,7 +167,7 @@ class _Remote:
         while True:
             chunk = worker.ask("read", reader, wanted, offset)
             yield from chunk
-            if len(chunk) < CHUNK or chunk[-1][1] == END:
+            if is_last(chunk):
                 return
             offset = chunk[-1][1]
 

@@ -89,8 +89,8 @@ def parse(name: str, module: Any, argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name, and return the exit code; as the program `flip`, end with it."""
     if argv is None:
-        with runtime.Interrupts():
-            sys.exit(runtime.run(_run, sys.argv[1:]))
+        runtime.Interrupts().start()
+        sys.exit(runtime.run(_run, sys.argv[1:]))
     return runtime.run(_run, argv)
 
 

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ def each(
         for item in range(first, len(source), source.at_once):
             items = range(item, min(item + source.at_once, len(source)))
             found = sources.in_order(source, iter(items))
-            while chunk := list(islice(found, min(CHUNK, limit - bar.n) if limit else CHUNK)):
+            while chunk := records.take(found, min(CHUNK, limit - bar.n) if limit else CHUNK):
                 for result in pool.map(function, chunk):
                     yield item, result
                 bar.update(len(chunk))

@@ -14,7 +14,7 @@ import pytest
 from helpers import REPO, environment, png, samples, write_tar
 
 from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
-from flip_jax.data import pipeline, vocabulary, workers
+from flip_jax.data import pipeline, records, stream, vocabulary, workers
 from flip_jax.runtime import UserError
 
 TOKENIZER = vocabulary.train([f"picture {i}" for i in range(200)], 100)
@@ -68,6 +68,34 @@ def shards(tmp_path):
     write_tar(tmp_path / "1.tar", samples(70, 40))
     write_tar(tmp_path / "2.tar", samples(3, 110))
     return f"webdataset:{tmp_path}/{{0..2}}.tar"
+
+
+@pytest.mark.parametrize("chunk", [2**24, 1500])
+def test_windows_that_end_early_lose_nothing_and_resume(shards, monkeypatch, chunk):
+    """Records of some 500 bytes end a chunk after three of them, and a window of 30 after about ten."""
+    monkeypatch.setattr(stream, "MIN_HELD", 0)
+    monkeypatch.setattr(stream, "MEAN_HELD", 5000 // 30)
+    monkeypatch.setattr(records, "MAX_CHUNK", chunk)
+    truth, states, iterator = [], [], batches(shards, 0)
+    for _ in range(28):
+        truth.append(next(iterator))
+        states.append(json.loads(json.dumps(iterator.get_state())))
+    assert states[9]["streams"][0]["place"]["window"] >= 4 * (chunk < 2**24)
+    keys = {key for batch in truth for key in batch["keys"]}
+    while len(keys) < 111 and states[-1]["counts"]["read"] < 1000:  # the small shard comes again and again
+        keys.update(next(iterator)["keys"])
+        states.append(iterator.get_state())
+    assert len(keys) == 111
+    for place in (0, 5, 13, 22):
+        resumed = batches(shards, 0)
+        resumed.set_state(states[place])
+        assert all(same(batch, next(resumed)) for batch in truth[place + 1 :])
+        resumed.close()
+    if chunk == 2**24:  # a worker does not see what was patched here
+        two = batches(shards, 2)
+        assert all(same(batch, next(two)) for batch in truth)
+        two.close()
+    iterator.close()
 
 
 def test_killed_workers_change_nothing_and_any_number_resumes(shards, caplog):
@@ -185,7 +213,8 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(shards, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_process_that_trains(shards, number):
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import signal, sys; sys.path.insert(0, 'tests')\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have what they start with & ignore it
         "from data.test_workers import alive, batches\n"
         f"iterator = batches({shards!r}, 2)\n"
         "next(iterator)\n"

@@ -17,6 +17,7 @@ from PIL import Image
 
 from flip_jax.config import DataConfig
 from flip_jax.data import sources, transforms
+from flip_jax.data.records import END
 from flip_jax.runtime import UserError
 from flip_jax.tools import __main__
 from flip_jax.tools import prepare as prepare_tool
@@ -209,7 +210,7 @@ def test_captions_and_classes_are_kept(tmp_path, monkeypatch):
             for index, epoch in picks:
                 texts, label = [["é", "two"], ["one"], []][index % 3], index % 2 if index % 3 else None
                 record = {"key": str(index), "epoch": epoch, "image": png(index), "texts": texts, "label": label}
-                yield record, sources.END
+                yield record, END
 
     monkeypatch.setitem(sys.modules, "toy", types.SimpleNamespace(Toy=Toy))
     monkeypatch.setitem(sources.KINDS, "toy", "toy:Toy")
