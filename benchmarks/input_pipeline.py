@@ -31,7 +31,7 @@ from flip_jax.data import pipeline, sources, vocabulary
 
 ROOT = pathlib.Path(__file__).parent.parent
 WINDOW, RECORD = 10_000, 25_000  # records, and bytes of each, where memory is measured
-WORKERS = (0, 1, 2)
+WORKERS = sorted({0, 1, 2, max(2, len(os.sched_getaffinity(0)) - 1)})  # the last: a run's default on many cores
 CHIPS = {"v3": 8, "v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 8}  # devices of a host with four chips
 
 
