@@ -89,7 +89,7 @@ def make_variants() -> dict[str, Callable]:
         decoders["opencv"] = opencv
     resizers = {"pillow": resize}
     if transforms.cykooz_resizer:
-        resizers["cykooz_resizer"] = lambda pixels, box: transforms._resize(pixels, box, SIZE, SETTINGS, train=True)
+        resizers["cykooz_resizer"] = lambda pixels, box: transforms.resize(pixels, box, SIZE, SETTINGS, train=True)
     variants = {}
     for (decoder, decode), (resizer, fit) in itertools.product(decoders.items(), resizers.items()):
         scaled = "scaled" in decoder

@@ -5,9 +5,9 @@ usage: python -m benchmarks.step_time [--models=flip_l16,flip_b16] [--peer_pytho
 PYTHON is the Python of an environment with open_clip. The data are already on the device. Both sides run the same
 sizes, each in its own process. On a CPU all programs take turns, round after round. On an accelerator, whose memory
 holds only one process, `plan` lists the measurements, the most telling ones first: each model at its defaults, next to
-open_clip, then with one setting changed. With SHARDS, benchmarks/input_pipeline.py has the last minute. Each row is a
-line of --results as soon as it is measured, and the last one of a row counts; --rounds=0 only draws them. Whatever is
-not measured after --seconds is skipped.
+open_clip, then with one setting changed. With SHARDS, the last two minutes are for benchmarks/input_pipeline.py. Each
+row is a line of --results as soon as it is measured, and the last one of a row counts; --rounds=0 only draws them.
+Whatever is not measured after --seconds is skipped.
 
 A machine without a package index needs these as wheels (`pip download --no-deps -d wheels NAME...` elsewhere, then
 `pip install --no-index --no-deps wheels/*.whl`). Those before the semicolons usually come with an image for CUDA:
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks import pages, turns
 
 KEYS = ("device", "model", "batch", "framework", "setting", "mask")  # what a row is known by
-INPUT_SECONDS = 60  # kept for the input pipeline
+INPUT_SECONDS = 120  # kept for the input pipeline
 OFFICIAL = ("2 CPU cores", "vit_s16", 32)  # device, model and batch of what OFFICIAL_NOTE compares with
 HEADER = """# Lab notes on performance
 

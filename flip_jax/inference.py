@@ -14,7 +14,7 @@ from PIL import Image
 
 from flip_jax import checkpoint, masking, models, saved_config, sharding, weights
 from flip_jax.config import Config, MeshConfig
-from flip_jax.data import transforms
+from flip_jax.data import rare_images, transforms
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.flip import FLIP, normalise
 from flip_jax.runtime import UserError
@@ -79,7 +79,7 @@ class Encoder:
             pixels = np.zeros((len(images), size, size, 3), np.uint8)
             for i, image in enumerate(images):
                 try:
-                    pixels[i] = transforms.eval_image(image, size, self.config.data)
+                    pixels[i] = rare_images.eval_image(image, size, self.config.data)
                 except transforms.BadImage as error:
                     raise UserError(f"image {i}, of mode {image.mode}, cannot be used: {error}") from error
             return pixels

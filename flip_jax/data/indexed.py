@@ -11,7 +11,8 @@ from typing import Any
 from flip_jax import untrusted
 from flip_jax.config import DataConfig
 from flip_jax.data import classes, paths
-from flip_jax.data.records import CHUNK, END, IMAGES, Pick, Record, example, example_key, sample
+from flip_jax.data.content import example, example_key, sample
+from flip_jax.data.records import CHUNK, END, IMAGES, Pick, Record
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)

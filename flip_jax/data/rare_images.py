@@ -1,17 +1,44 @@
-"""The parts of `transforms` that few images need: damage on purpose, more than 8 bits, and the official resize."""
+"""The parts of `transforms` that few images need: large or hostile ones, more than 8 bits, and the official resize."""
 
+import io
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
+from flip_jax.config import DataConfig
+from flip_jax.data import transforms
 from flip_jax.data.transforms import BAND, MAX_SCANS, BadImage
 
 MAX_PARTS = 2**18  # segments of a JPEG; strips or tiles of a TIFF
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _LISTS = (273, 279, 324, 325)  # TIFF's tags with an entry for each strip or tile
 _TILE = (322, 323)  # its width and height
+
+
+class Reader(io.BytesIO):
+    """Bytes that may be read a few times over, and not in tiny parts: Pillow loops over the parts of a header."""
+
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        self._left = 2**20 + 4 * len(data)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self._left -= 64 + len(found)
+        if self._left < 0:
+            raise OSError("too many parts")
+        return found
+
+
+def bounded(data: bytes, max_pixels: int) -> Reader:
+    """Opens a large file or a TIFF. BadImage for one whose directory says that it would fill the memory."""
+    if data[:2] in (b"II", b"MM"):
+        _check_tiff(data, max_pixels)
+    return Reader(data)
 
 
 def check_scans(data: bytes) -> None:
@@ -32,12 +59,8 @@ def check_scans(data: bytes) -> None:
     raise BadImage("too many scans")
 
 
-def check_tiff(data: bytes, max_pixels: int) -> None:
-    """Reads the directory of a TIFF, before Pillow makes several objects of each strip or tile.
-
-    Raises:
-      BadImage: there are more than `MAX_PARTS`, or a tile has more than `max_pixels`.
-    """
+def _check_tiff(data, max_pixels):
+    """Reads the directory of a TIFF, before Pillow makes several objects of each strip or tile."""
     order, big = ("<" if data[:2] == b"II" else ">"), 43 in data[2:4]
     number = np.dtype(order + ("u8" if big else "u4"))
     entry = np.dtype([("tag", order + "u2"), ("type", order + "u2"), ("count", number), ("value", number)])
@@ -57,6 +80,30 @@ def check_tiff(data: bytes, max_pixels: int) -> None:
     values = np.where(sides["type"] == 3, (sides["value"] >> short) & 0xFFFF, sides["value"])
     if math.prod(map(int, values)) > max_pixels:
         raise BadImage("too many pixels")
+
+
+def in_bands(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """Converts a few rows at a time to RGB, so that no copies of a whole large image are held."""
+    (width, height), rows = image.size, max(1, BAND // image.width)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(to_rgb(image.crop((0, top, width, bottom))))
+    return pixels
+
+
+def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarray:
+    """Turns, crops and resizes an opened image of any mode, to the pixels that `decode` gives without a generator.
+
+    Only a JPEG that is loaded already may differ, by a grey level, where `settings.resize` is "official".
+    """
+    if isinstance(image, JpegImageFile) and image.tile and image.fp:  # not loaded yet
+        image.fp.seek(0)
+        return transforms.decode(image.fp.read(), size, settings)
+    pixels = transforms.upright_rgb(image)
+    height, width = pixels.shape[:2]
+    window = transforms.centre_window(height, width, min(height, width))
+    return transforms.resize(pixels, window, size, settings, train=False)
 
 
 def eight_bits(image: Image.Image) -> np.ndarray:

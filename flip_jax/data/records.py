@@ -1,4 +1,4 @@
-"""The record that every kind of source yields, its limits, and the check that makes one usable.
+"""The record that every kind of source yields, its limits, and the chunks in which records are handed on.
 
 A record is {"key": str, "epoch": int, "image": bytes, "texts": list[str], "caption": int, "label": int | None}, or
 {"key", "epoch", "bad": KIND} if it cannot be used. "caption" is the place that the texts come from in the source's
@@ -6,11 +6,8 @@ A record is {"key": str, "epoch": int, "image": bytes, "texts": list[str], "capt
 """
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-from google.protobuf.message import DecodeError
 
 Record = dict[str, Any]
 Pick = tuple[int, int]  # index of a shard or record, epoch
@@ -24,24 +21,6 @@ MAX_IMAGE, MAX_TEXT, MAX_CHUNK = 2**25, 2**20, 2**24  # bytes; a chunk ends with
 
 class BadRecord(ValueError):
     """A record that cannot be used; the message is the kind under which it is counted."""
-
-
-def sample(image: Any, captions: Iterable[Any], label: int | None = None) -> Record:
-    """Checks the content of a record, and returns what its key and epoch are merged with.
-
-    Each of `captions` is a string, bytes, or a list of them, which may be written as JSON; the first one that is not
-    blank is used.
-    """
-    if not image or not isinstance(image, bytes):
-        return {"bad": "no image"}
-    try:
-        found = ((i, texts) for i, caption in enumerate(captions) if (texts := _texts(caption)))
-        place, texts = next(found, (-1, []))
-    except UnicodeError:
-        return {"bad": "caption is not UTF-8"}
-    if len(image) > MAX_IMAGE or any(len(text) > MAX_TEXT for text in texts):
-        return {"bad": "too large"}
-    return {"image": image, "texts": texts, "caption": place, "label": label}
 
 
 def held(record: Record) -> int:
@@ -71,50 +50,3 @@ def is_last(chunk: list[tuple[Record, int]]) -> bool:
     """Tells whether a chunk is its reader's last, as far as it shows: an empty one may follow it."""
     full = len(chunk) == CHUNK or sum(held(record) for record, _ in chunk) >= MAX_CHUNK
     return not full or chunk[-1][1] == END
-
-
-def _texts(value):
-    """Lists the captions in a string, bytes or a list of them, without blank ones. UnicodeError if one is not UTF-8."""
-    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str | bytes)]
-    # Text from JSON may hold lone surrogates, which cannot be encoded.
-    encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
-    listed = (text for data in encoded for text in _json_list(data.decode()))
-    return [text for text in listed if text.strip()]
-
-
-def _json_list(text):
-    """Lists the strings in a JSON list of strings; any other text is one caption."""
-    if text.lstrip()[:1] == "[" and text.rstrip()[-1:] == "]":
-        try:
-            texts = json.loads(text)
-        except (ValueError, RecursionError):
-            return [text]
-        if all(isinstance(item, str) for item in texts):
-            return [item.encode(errors="replace").decode() for item in texts]  # JSON may hold lone surrogates
-    return [text]
-
-
-def json_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object; {} for anything else."""
-    try:
-        found = json.loads(data.decode(errors="surrogateescape"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def example(data: bytes) -> dict[str, list[Any]] | None:
-    """Parses a serialised tf.train.Example to lists of bytes or integers by name; None if it is not an Example."""
-    from tensorflow_datasets.proto import tf_example_pb2  # slow to import, and not every source needs it
-
-    try:
-        features = tf_example_pb2.Example.FromString(data).features.feature
-    except DecodeError:
-        return None
-    return {name: list(value.bytes_list.value or value.int64_list.value) for name, value in features.items()}
-
-
-def example_key(fields: dict[str, list[Any]], default: int) -> str:
-    """Returns the key of an example, or else its number."""
-    key = next(iter(fields.get("key", ())), default)
-    return key.decode(errors="replace") if isinstance(key, bytes) else str(key)

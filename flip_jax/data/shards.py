@@ -15,18 +15,8 @@ import google_crc32c
 
 from flip_jax.config import DataConfig
 from flip_jax.data import fingerprint, paths, sources
-from flip_jax.data.records import (
-    END,
-    IMAGES,
-    MAX_IMAGE,
-    MAX_TEXT,
-    Pick,
-    Record,
-    example,
-    example_key,
-    json_object,
-    sample,
-)
+from flip_jax.data.content import example, example_key, json_object, sample
+from flip_jax.data.records import END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record
 from flip_jax.runtime import UserError
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import numpy as np
 from flip_jax import untrusted
 from flip_jax.config import DataConfig
 from flip_jax.data import fingerprint, indexed, paths, shards
-from flip_jax.data.records import MAX_TEXT, json_object, sample
+from flip_jax.data.content import json_object, sample
+from flip_jax.data.records import MAX_TEXT
 from flip_jax.runtime import UserError
 
 # Names of columns are compared without case, blanks, "_" and "-".

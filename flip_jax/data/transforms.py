@@ -8,13 +8,12 @@ import random
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 
 from flip_jax.config import DataConfig
 from flip_jax.data.records import BadRecord
@@ -90,18 +89,18 @@ def decode(data: bytes, size: int, settings: DataConfig, rng: random.Random | No
         pixels = _upright(pixels, orientation)
         if pixels.shape != (math.ceil(height / scale), math.ceil(width / scale), 3):
             raise BadImage("image does not decode")  # its header gives one size and its body another
-        pixels = _resize(pixels, [x / scale for x in window], size, settings, train=bool(rng))
+        pixels = resize(pixels, [x / scale for x in window], size, settings, train=bool(rng))
     return _mirrored(pixels) if rng and settings.flip and rng.random() < 0.5 else pixels
 
 
 def open_image(data: bytes, settings: DataConfig) -> Image.Image:
     """Reads the header of an encoded image. BadImage if it is none, or would cost far more than its pixels."""
-    if data[:2] in (b"II", b"MM"):
+    Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # twice that is Pillow's limit for frames and tiles
+    file = io.BytesIO(data)
+    if len(data) > SMALL or data[:2] in (b"II", b"MM"):
         from flip_jax.data import rare_images
 
-        rare_images.check_tiff(data, settings.max_image_pixels)
-    Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # twice that is Pillow's limit for frames and tiles
-    file = io.BytesIO(data) if len(data) < SMALL else _Reader(data)
+        file = rare_images.bounded(data, settings.max_image_pixels)
     image = _run_decoder(Image.open, file, formats=FORMATS)
     if image.width * image.height > settings.max_image_pixels:
         raise BadImage("too many pixels")
@@ -115,21 +114,6 @@ def open_image(data: bytes, settings: DataConfig) -> Image.Image:
     return image
 
 
-class _Reader(io.BytesIO):
-    """Bytes that may be read a few times over, and not in tiny parts: Pillow loops over the parts of a header."""
-
-    def __init__(self, data):
-        super().__init__(data)
-        self._left = 4 * len(data)
-
-    def read(self, size=-1, /):
-        found = super().read(size)
-        self._left -= 64 + len(found)
-        if self._left < 0:
-            raise OSError("too many parts")
-        return found
-
-
 def _run_decoder(call: Callable[..., Any], *arguments, **keywords):
     """Calls a decoder on data that may be damaged: decoders raise almost any exception, which all become BadImage.
 
@@ -141,24 +125,6 @@ def _run_decoder(call: Callable[..., Any], *arguments, **keywords):
         raise BadImage("too many pixels") from error
     except Exception as error:
         raise BadImage("image does not decode") from error
-
-
-def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarray:
-    """Turns, crops and resizes an opened image of any mode, to the pixels that `decode` gives without a generator.
-
-    Only a JPEG that is loaded already may differ, by a grey level, where `settings.resize` is "official".
-    """
-    if isinstance(image, JpegImageFile) and image.tile and image.fp:  # not loaded yet
-        image.fp.seek(0)
-        return decode(image.fp.read(), size, settings)
-    pixels = upright_rgb(image)
-    height, width = pixels.shape[:2]
-    return _resize(pixels, centre_window(height, width, min(height, width)), size, settings, train=False)
-
-
-def upright_rgb(image: Image.Image) -> np.ndarray:
-    """Converts a whole image to uint8 RGB [height, width, 3], on white and turned as EXIF says."""
-    return _upright(_rgb_pixels(image), _orientation(image))
 
 
 def _mirrored(pixels):
@@ -197,19 +163,13 @@ def _pixels(image, data, scale, fast):
 
 def _rgb_pixels(image):
     """Decodes any mode to RGB [height, width, 3]; a large image in bands, so that few copies of it are held."""
+    from flip_jax.data import rare_images
+
     _run_decoder(image.load)
     if image.mode.startswith("I") or image.mode == "F":
-        from flip_jax.data import rare_images
-
         image = Image.fromarray(rare_images.eight_bits(image))
-    width, height = image.size
-    if width * height <= BAND:
-        return np.asarray(_to_rgb(image))
-    pixels, rows = np.empty((height, width, 3), np.uint8), max(1, BAND // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom))))
-    return pixels
+    small = image.width * image.height <= BAND
+    return np.asarray(_to_rgb(image)) if small else rare_images.in_bands(image, _to_rgb)
 
 
 def _to_rgb(image):
@@ -224,6 +184,11 @@ def _to_rgb(image):
     return white
 
 
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """Converts a whole image to uint8 RGB [height, width, 3], on white and turned as EXIF says."""
+    return _upright(_rgb_pixels(image), _orientation(image))
+
+
 def _upright(pixels, orientation):
     """Turns stored pixels upright, from how EXIF says that they are stored."""
     if orientation >= 5:
@@ -233,7 +198,7 @@ def _upright(pixels, orientation):
     return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
 
 
-def _resize(pixels, window, size, settings, train):
+def resize(pixels: np.ndarray, window: Sequence[float], size: int, settings: DataConfig, train: bool) -> np.ndarray:
     """Resizes a window, which may start and end between pixels, to uint8 [size, size, 3]; ignores all beyond it."""
     left, top, width, height = window
     x, y = int(left), int(top)
@@ -252,8 +217,18 @@ def _resize(pixels, window, size, settings, train):
     options = cykooz_resizer.ResizeOptions(algorithm, crop_box=box)
     source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes())
     target = cykooz_resizer.ImageData(size, size, kind)
-    cykooz_resizer.Resizer().resize(source, target, options)
+    _own.resizer.resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+class _Own(threading.local):
+    """The resizer of each thread, which keeps its buffers from image to image."""
+
+    def __init__(self):
+        self.resizer = cykooz_resizer.Resizer()
+
+
+_own = _Own() if cykooz_resizer else None
 
 
 @functools.cache

@@ -25,7 +25,8 @@ from PIL import Image
 
 from flip_jax import inference, masking, runtime, untrusted
 from flip_jax.data import transforms
-from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, Pick, Record, sample
+from flip_jax.data.content import sample
+from flip_jax.data.records import CHUNK, END, IMAGES, MAX_IMAGE, Pick, Record
 from flip_jax.evaluators import snapshot, zeroshot
 from flip_jax.runtime import UserError
 from flip_jax.tools import embed, options, search
