@@ -10,7 +10,7 @@ import sys
 from helpers import REPO, environment
 
 # Makes the terminal that is standard input the one whose Ctrl-C the command gets.
-CONTROLLED = "import fcntl, os, sys, termios as t; fcntl.ioctl(0, t.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+CONTROLLED = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 )
 
