@@ -45,6 +45,7 @@ setup(
         "fsspec>=2026.9",
         "ftfy>=6.3,<7",
         "google-crc32c>=1.9,<2",
+        "msgpack>=1,<2",
         "pillow>=13,<14",
         "pyarrow>=26,<27",
         "simplejpeg>=1.9,<2",

@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import functools
 import logging
-import marshal
 import mmap
 import os
 import signal
@@ -13,6 +12,7 @@ import threading
 import traceback
 from multiprocessing.connection import Connection
 
+import msgpack
 import numpy as np
 
 from flip_jax.config import Config
@@ -23,6 +23,9 @@ from flip_jax.runtime import UserError
 
 # The memory that all processes share has batches from 0 on, then a mark of each worker, then the tapes.
 MARKS, TAPE = 2**47, 2**48  # where marks begin, and where the first tape does; the bytes of a tape
+# Not pickle or marshal: a decoder that a hostile image took over can send nothing but data. Keys may hold surrogates.
+pack = functools.partial(msgpack.packb, unicode_errors="surrogatepass")
+unpack = functools.partial(msgpack.unpackb, strict_map_key=False, unicode_errors="surrogatepass")
 _FREE = 3  # fallocate: punch a hole, keep the size
 
 
@@ -72,7 +75,7 @@ class _Server:
         """Answers requests until the other end is closed, and then ends the process."""
         try:
             while True:
-                kind, *request = marshal.loads(end.recv_bytes())
+                kind, *request = unpack(end.recv_bytes())
                 error, answer, used = "", None, []
                 try:
                     answer = getattr(self, kind)(*request, used)
@@ -81,7 +84,7 @@ class _Server:
                 except Exception:
                     error = traceback.format_exc()
                 lines = [self._lines.pop(0) for _ in range(len(self._lines))]
-                end.send_bytes(marshal.dumps((error, answer, lines)))
+                end.send_bytes(pack((error, answer, lines)))
                 for at, size in used:  # only now: if this process had died, another would have had to read them
                     if self._libc.fallocate(self._store, _FREE, ctypes.c_int64(at), ctypes.c_int64(pages(size))):
                         raise RuntimeError(f"memory cannot be freed: {os.strerror(ctypes.get_errno())}")
@@ -93,7 +96,7 @@ class _Server:
 
     def read(self, reader, wanted, offset, _):
         """Reads a chunk to the tape, and returns its records without their bytes, each with the offset after it."""
-        at, reading = self._readers.pop(reader, (None, None))
+        at, reading = self._readers.pop(tuple(reader), (None, None))
         if at != offset:
             source = self._sources[reader[0]]
             reading = source.read(wanted, offset) if source else indexed.load(wanted, self._config.data)
@@ -102,7 +105,7 @@ class _Server:
             if "bad" in record:
                 chunk.append((record, offset))
                 continue
-            blob = marshal.dumps(record)
+            blob = pack(record)
             with self._tape_lock:
                 if self._tape + len(blob) > self._begin + TAPE:
                     self._tape = self._begin  # freed long ago
@@ -114,7 +117,7 @@ class _Server:
                 says = False
             chunk.append((short, offset))
         if not is_last(chunk):
-            self._readers[reader] = (chunk[-1][1], reading)
+            self._readers[tuple(reader)] = (chunk[-1][1], reading)
         return chunk
 
     def prepare(self, numbers, records, used):
@@ -136,7 +139,7 @@ class _Server:
                 os.pwrite(self._store, at.to_bytes(8, "little"), self._mark)
                 # Nothing in Python can interrupt a decoder, but the system's default for this timer's signal does.
                 signal.setitimer(signal.ITIMER_PROF, self._too_slow)
-                record = marshal.loads(os.pread(self._store, size, at))
+                record = unpack(os.pread(self._store, size, at))
             yield record
         signal.setitimer(signal.ITIMER_PROF, 0)
         os.pwrite(self._store, bytes(8), self._mark)
@@ -166,7 +169,8 @@ def _restored(kind, values):
     """Undoes dataclasses.asdict. `config_check` would import JAX."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     groups = {key: _restored(types[key], value) for key, value in values.items() if isinstance(value, dict)}
-    return kind(**values | groups)
+    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return kind(**values | groups | tuples)
 
 
 class _Lines(logging.Handler):
@@ -185,7 +189,7 @@ def main() -> None:
     store, index, *numbers = map(int, sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the main process decides when training ends
     ends = [Connection(number) for number in numbers]
-    server = _Server(store, index, marshal.loads(ends[0].recv_bytes()))
+    server = _Server(store, index, unpack(ends[0].recv_bytes()))
     ends[0].send_bytes(b"ready")
     for end in ends[1:]:
         threading.Thread(target=server.serve, args=(end,), daemon=True).start()

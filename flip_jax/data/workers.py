@@ -15,7 +15,6 @@ import collections
 import dataclasses
 import itertools
 import logging
-import marshal
 import mmap
 import os
 import queue
@@ -197,8 +196,8 @@ class _Worker:
             for _ in range(DEATHS):
                 born, end = self._alive(channel)
                 try:
-                    end.send_bytes(marshal.dumps((kind, *request)))
-                    error, answer, lines = marshal.loads(end.recv_bytes())
+                    end.send_bytes(worker_process.pack((kind, *request)))
+                    error, answer, lines = worker_process.unpack(end.recv_bytes())
                 except (EOFError, OSError):
                     status, at = self._bury(born)
                     on_death(status, at)
@@ -247,7 +246,7 @@ class _Worker:
                 for end in theirs:
                     end.close()  # so that ours notices when the worker dies
                 try:
-                    self._ends[0].send_bytes(marshal.dumps(self._settings | {"tape": next(self._tapes)}))
+                    self._ends[0].send_bytes(worker_process.pack(self._settings | {"tape": next(self._tapes)}))
                     self._ends[0].recv_bytes()
                 except (EOFError, OSError):
                     status = self._end()
