@@ -146,16 +146,20 @@ def undisturbed(out: pathlib.Path, processes: int) -> pathlib.Path:
     return workdir
 
 
+def arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read the state of a run's last step, which several processes may have written."""
+    step = epath.Path(workdir) / "checkpoints" / str(STEPS) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(step).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        tree = checkpointer.restore(step, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def differences(ours: pathlib.Path, theirs: pathlib.Path) -> list[str]:
     """Name what the end of two runs has different: arrays of the state, data position, metrics."""
     found = []
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        one, other = (
-            {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (
-                checkpointer.restore(epath.Path(w) / "checkpoints" / str(STEPS) / "state") for w in (ours, theirs)
-            )
-        )
+    one, other = arrays(ours), arrays(theirs)
     found += [name for name in one.keys() | other.keys() if not np.array_equal(one.get(name), other.get(name))]
     for path in sorted((ours / "checkpoints" / str(STEPS) / "data").glob("*.json")):
         if path.read_bytes() != (theirs / path.relative_to(ours)).read_bytes():
