@@ -49,11 +49,11 @@ class Checkpoints:
         # computation on all devices, which may run next to a step and lock it.
         processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=None,  # older steps are removed by ours, which leaves none half removed
             create=False,
             cleanup_tmp_directories=True,
             multiprocessing_options=processes,
-            temporary_path_class=_finishing(self.directory),
+            temporary_path_class=_finishing(self.directory, keep),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saving: tuple[int, float] | None = None  # the step, and when its save began
@@ -142,8 +142,8 @@ class Checkpoints:
         self._manager.close()
 
 
-def _finishing(directory: epath.Path) -> type[ocp.path.atomicity_types.TemporaryPath]:
-    """Returns how Orbax completes a step in `directory`, with our manifest as its last file."""
+def _finishing(directory: epath.Path, keep: int) -> type[ocp.path.atomicity_types.TemporaryPath]:
+    """Returns how Orbax completes a step in `directory`, of which `keep` stay, with our manifest as its last file."""
     parent: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
 
     class Finishing(parent):
@@ -154,9 +154,12 @@ def _finishing(directory: epath.Path) -> type[ocp.path.atomicity_types.Temporary
             self._checkpoint_metadata_store.wait_until_finished()
             manifest.write(written)
             if written == final:  # an object store, which cannot rename folders
-                return await super().finalize()
-            written.rename(final)
-            manifest.sync_folder(directory)
+                await super().finalize()
+            else:
+                written.rename(final)
+                manifest.sync_folder(directory)
+            for old in manifest.complete(directory)[:-keep]:
+                manifest.remove(directory / str(old))
 
     return Finishing
 

@@ -52,6 +52,15 @@ def complete(folder: epath.Path) -> list[int]:
     return sorted(int(s.name) for s in steps if is_local(s) or any((s / last).exists() for last in (NAME, ORBAX)))
 
 
+def remove(step: epath.Path) -> None:
+    """Removes a step, which no longer counts as complete before the first file goes."""
+    if is_local(step):
+        step = step.rename(f"{step}.orbax-checkpoint-tmp")  # what a kill leaves of it, Orbax removes at the next start
+    for last in (NAME, ORBAX):
+        (step / last).unlink(missing_ok=True)
+    step.rmtree()
+
+
 def is_local(path: epath.Path) -> bool:
     """Tells whether a path is on a disk, not in an object store."""
     return "://" not in os.fspath(path)

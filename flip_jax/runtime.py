@@ -66,8 +66,9 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
 
             several.say_lost()
     if _is_one_of_several():
-        # At a normal exit this process would wait for the others, and they are waiting for it in a step.
-        os._exit(code)
+        from flip_jax import several
+
+        several.leave(code)
     return code
 
 

@@ -24,7 +24,8 @@ _CONTROLS = (
     *range(0x2066, 0x206A),
 )
 _ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS}
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#!]")
+# An underscore within a word is none of Markdown's marks.
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|&~#!]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def read_file(path: str | os.PathLike, limit: int = MAX_SETTINGS) -> bytes:

@@ -114,6 +114,21 @@ def test_everything_is_synced_before_the_manifest_and_the_manifest_before_the_st
     assert {f"/{name}" for name in json.loads((final / manifest.NAME).read_text())} == set(files) - {"/manifest.json"}
 
 
+def test_a_step_is_removed_by_its_new_name(step, monkeypatch):
+    """Killed within, it leaves what Orbax takes for an unfinished step, and removes at the next start."""
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(step), "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            manifest.remove(step)
+    assert manifest.complete(step.parent) == [] and (step.parent / "10.orbax-checkpoint-tmp").is_dir()
+    checkpoint.Checkpoints(step.parent.parent, 1).close()
+    assert list(step.parent.iterdir()) == []
+
+
 @pytest.fixture
 def three(tmp_path):
     """A workdir with the whole steps 5, 10 and 15."""

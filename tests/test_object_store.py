@@ -98,7 +98,7 @@ def test_a_step_ends_with_its_manifest_and_a_damaged_one_is_set_aside(bucket, se
     for step in (5, 10):
         (folder / str(step) / "state").mkdir(parents=True)
         (folder / str(step) / "state" / "array").write_text("weights")
-        finishing = checkpoint._finishing(folder).from_final(folder / str(step))
+        finishing = checkpoint._finishing(folder, 2).from_final(folder / str(step))
         assert finishing.get() == folder / str(step)  # object stores cannot rename
         assert manifest.complete(folder) == [5][: step - 5]
         finishing._checkpoint_metadata_store = types.SimpleNamespace(

@@ -51,6 +51,7 @@ def test_a_terminal_is_shown_what_it_would_obey(capsys, caplog):
 
 def test_cards_show_what_markdown_would_obey():
     assert untrusted.markdown("a|b`c`<i>[d](e)\n# f") == r"a\|b\`c\`\<i\>\[d\](e) \# f"
+    assert untrusted.markdown("a_b _c_ __d__") == r"a_b \_c\_ \_\_d\_\_"
     assert untrusted.code("a|b`c`\n|\x1b") == r"`a\|b'c' \|\x1b`"
     config = dataclasses.replace(CONFIG, init_from=EVIL, data=dataclasses.replace(CONFIG.data, vocab=EVIL, train=EVIL))
     made = card.describe(config, Tokenizer({"[PAD]": 0, "[UNK]": 1}), EVIL)

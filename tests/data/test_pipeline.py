@@ -290,7 +290,7 @@ def test_errors_of_the_threads_reach_the_caller(shards, monkeypatch):
         (transforms, "generator"),
         (transforms, "train_window"),
         (transforms, "_upright"),
-        (transforms, "_resize"),
+        (transforms, "resize"),
     ],
 )
 @pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError])
