@@ -56,6 +56,8 @@ class Checkpoints:
             temporary_path_class=_finishing(self.directory, keep),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # `Termination` asks JAX when to stop, by its own count, which questions by the number of the step would upset.
+        self._manager.reached_preemption = lambda step: False
         self._saving: tuple[int, float] | None = None  # the step, and when its save began
 
     def latest(self) -> int | None:

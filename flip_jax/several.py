@@ -43,6 +43,10 @@ def start(options: argparse.Namespace) -> None:
             f"this process cannot join the others: {error}. --distributed detects TPU pods, SLURM and GKE; elsewhere "
             "give --coordinator, --num_processes and --process_id"
         ) from error
+    if jax.default_backend() == "cpu":
+        # The cache serves the first process alone, and there a loaded program has its collectives in another order than
+        # one that has just been compiled.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def watch_preemption() -> None:
