@@ -118,10 +118,10 @@ def _join(x):
     return x.reshape(-1, *x.shape[3:])
 
 
-def on_tpu() -> bool:
-    """Tells whether the mesh is of TPUs, which need not exist."""
+def device_kind() -> str:
+    """Says of what kind the mesh's devices are, which need not exist; empty without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.abstract_device.platform == "tpu"
+    return "" if mesh.empty else mesh.abstract_device.device_kind
 
 
 def batch_shards_here() -> int:

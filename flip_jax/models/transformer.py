@@ -13,7 +13,8 @@ from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 xavier = nnx.initializers.xavier_uniform()
 # The three input projections are drawn as if they were one matrix three times as wide, less sqrt(2) (official).
 _qkv_init = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
-SCORES = 2**22  # of attention, computed at once on a TPU: their 16 MiB then stay in its on-chip memory
+SCORES = 2**22  # of attention, computed at once on SLICED chips: their 16 MiB then stay in on-chip memory
+SLICED = ("TPU v5 lite", "TPU v6 lite")  # less crosses their memory, but more that of v3 (docs/notes/performance.md)
 # What is saved for the backward pass; the rest is recomputed.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -57,7 +58,7 @@ def dense(shape: tuple[int, int], axes: tuple[str, str], init, dtype: jnp.dtype,
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, by: str) -> jax.Array:
     """Attends [B, T, heads, D] with the softmax in f32, `by` one of the values of `ModelConfig.attention`."""
-    if by == "auto" and sharding.on_tpu():
+    if by == "auto" and sharding.device_kind() in SLICED:
         return _attend_in_turn(query, key, value, mask)
     if by != "cudnn" or mask is not None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
