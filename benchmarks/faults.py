@@ -1,6 +1,6 @@
 """Kill runs at random moments and damage checkpoints; look for runs that end otherwise than docs/reliability.md says.
 
-python benchmarks/faults.py OUT
+python -m benchmarks.faults OUT
 
 A tiny model is trained on generated images. Kills: a run is started, killed by SIGKILL in a random moment of its
 start, of a step, of a save or of an evaluation, and started again until it ends. It must end with the bits, the data
@@ -27,10 +27,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import pages
 from etils import epath
 from PIL import Image
 
+from benchmarks import pages
 from flip_jax import damage, manifest
 
 REPO = pathlib.Path(__file__).parent.parent
