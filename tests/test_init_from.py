@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from flax import nnx
 from PIL import Image
 
-from flip_jax import checkpoint, sharding, weights
+from flip_jax import checkpoint, manifest, sharding, weights
 from flip_jax.config import DecoderConfig, MeshConfig
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
@@ -26,6 +27,7 @@ def trained(tmp_path_factory):
     params = nnx.to_pure_dict(nnx.split(model)[1])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder / "state", {"params": params})
+    manifest.write(epath.Path(folder))
     return params, folder
 
 
