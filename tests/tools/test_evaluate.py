@@ -9,14 +9,13 @@ import sys
 import helpers
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from helpers import REPO, environment, png, reference_ranks, unit, write_samples
 from PIL import Image
 
 import flip_jax
-from flip_jax import config_check
+from flip_jax import weights
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.evaluators import known, retrieval
 from flip_jax.models.flip import FLIP
@@ -31,12 +30,7 @@ def model(tmp_path_factory):
     """Save random weights as a step and return the run's folder."""
     step = tmp_path_factory.mktemp("model") / "checkpoints" / "7"
     params = nnx.to_pure_dict(nnx.split(FLIP(helpers.MODEL, nnx.Rngs(0)))[1])
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(step / "state", args=ocp.args.PyTreeSave({"params": params}))
-    tokenizer = Tokenizer({word: i for i, word in enumerate(WORDS)})
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        for name, item in (("config", config_check.flatten(helpers.CONFIG)), ("tokenizer", tokenizer.to_json())):
-            checkpointer.save(step / name, args=ocp.args.JsonSave(item))
+    weights.write(step, params, Tokenizer({word: i for i, word in enumerate(WORDS)}), helpers.CONFIG)
     return step.parent.parent
 
 
