@@ -1,5 +1,7 @@
 """Run the notebook from top to bottom, and check that its outputs are not committed."""
 
+import ast
+import importlib
 import json
 import pathlib
 import re
@@ -93,6 +95,26 @@ def test_colab_asks_for_an_archive_that_the_index_does_not_have(tmp_path, monkey
 def test_without_any_source_the_three_ways_are_named(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="in a checkout, set REPOSITORY to the address .* or upload an archive"):
         install(tmp_path, monkeypatch, failing)
+
+
+def test_it_names_only_what_our_modules_have():
+    cells = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    nodes = [node for source in cells for node in ast.walk(ast.parse(source))]
+    modules = {
+        alias.name: importlib.import_module(f"{node.module}.{alias.name}")
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("flip_jax")
+        for alias in node.names
+        if not alias.name[0].isupper()
+    }
+    used = [
+        (node.value.id, node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    used = [(name, attribute) for name, attribute in used if name in modules]
+    assert len(used) > 10
+    assert not [f"{name}.{attribute}" for name, attribute in used if not hasattr(modules[name], attribute)]
 
 
 @pytest.mark.slow
