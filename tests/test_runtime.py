@@ -118,8 +118,9 @@ with runtime.Termination() as termination:
             time.sleep(0.01)
     print("ready", flush=True)
     jax.jit(lambda n: jax.lax.while_loop(lambda i: i < n, lambda i: i + 1, 0))(2**31 - 1).block_until_ready()
-    while not termination.reached():  # the signals of a busy machine may come later
+    while not termination.reached():  # the first signal of a busy machine may come later
         time.sleep(0.01)
+    time.sleep(3)  # and so may the second one
     print("done", termination.reached(), termination.interrupted)
 """
 
