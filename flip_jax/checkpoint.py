@@ -76,7 +76,7 @@ class Checkpoints:
         """Starts saving `step`; returns when the arrays may be donated again."""
         self.wait()
         needed = sum(array.nbytes for array in jax.tree.leaves(state)) // jax.process_count()
-        if "://" not in os.fspath(self.directory) and (free := shutil.disk_usage(self.directory).free) < needed:
+        if manifest.is_local(self.directory) and (free := shutil.disk_usage(self.directory).free) < needed:
             raise UserError(
                 f"step {step} could not be saved in {self.directory}: it takes up to {needed / 1e9:.3g} GB, and "
                 f"{free / 1e9:.3g} GB are free. Make room, then run the same command again"
@@ -133,7 +133,7 @@ class Checkpoints:
             (step, begun), self._saving = self._saving, None
             folder = pathlib.Path(self.directory / str(step))
             # Listing a bucket would take seconds.
-            size = 0 if "://" in os.fspath(self.directory) else sum(file.stat().st_size for file in folder.rglob("*"))
+            size = sum(file.stat().st_size for file in folder.rglob("*")) if manifest.is_local(self.directory) else 0
             say(f"saved step {step} ({f'{size / 1e9:.3g} GB, ' if size else ''}{time.perf_counter() - begun:.0f} s)")
 
     def close(self):
