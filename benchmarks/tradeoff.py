@@ -1,8 +1,9 @@
 """Run the paper's figure 1 at laptop size: python -m benchmarks.tradeoff --workdir=DIR [--measure]
 
-Trains a FLIP on the embedded emoji at mask 0, 0.5 and 0.75 for several lengths each, all with the same batch, tunes some
-of the masked ones without a mask, and draws the zero-shot accuracy on another vendor's drawings against training time. A result is a line of --results and is not
-trained again; a stopped run resumes from its checkpoint. All runs of one seed come before the next seed.
+Trains a FLIP on the embedded emoji at mask 0, 0.5 and 0.75 for several lengths each, all with the same batch, tunes
+some of the masked ones without a mask, and draws the zero-shot accuracy on another vendor's drawings against training
+time. A result is a line of --results and is not trained again; a stopped run resumes from its checkpoint. All runs of
+one seed come before the next seed.
 
 The time of a run is its number of steps times the seconds per step. --measure takes these on a machine that should be
 otherwise idle: the three settings in turn, round after round, with the input pipeline. The median over all rounds of

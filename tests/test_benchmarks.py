@@ -38,7 +38,9 @@ def test_speed_ups_of_the_means_and_of_each_seed():
 
 
 def test_runs_come_seed_by_seed_cheap_ones_first_and_finished_ones_never(monkeypatch):
-    monkeypatch.setattr(tradeoff, "LENGTHS", {"mask 0": (100, 200), "mask 0.75": (200, 600), "mask 0.75, tuned": (600,)})
+    monkeypatch.setattr(
+        tradeoff, "LENGTHS", {"mask 0": (100, 200), "mask 0.75": (200, 600), "mask 0.75, tuned": (600,)}
+    )
     done = [{"result": "mask 0", "samples": 100, "seed": 0}, {"result": "mask 0.75", "samples": 600, "seed": 1}]
     assert tradeoff.missing(done, 2) == [
         ("mask 0.75", 200, 0),

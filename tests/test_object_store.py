@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFile
 from helpers import Bucket
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flip_jax import checkpoint, damage, manifest, metrics, trackers
+from flip_jax import checkpoint, damage, manifest, metrics, metrics_file, trackers
 from flip_jax.config import Config
 
 
@@ -46,7 +46,7 @@ def test_metrics_are_added_without_appending_and_those_of_lost_steps_dropped(buc
         writer.close()
     assert not (bucket / "metrics.jsonl").exists()
     wanted = [{"step": 4, "loss": 0.0}, {"step": 8, "loss": 4.0}, {"step": 12, "loss": 4.0}]
-    assert metrics.read_metrics(bucket) == wanted
+    assert metrics_file.read(bucket) == wanted
 
 
 def test_the_bytes_sent_for_metrics_grow_linearly(bucket, sent, monkeypatch):
@@ -56,7 +56,7 @@ def test_the_bytes_sent_for_metrics_grow_linearly(bucket, sent, monkeypatch):
         for step in range(1000 * half, 1000 * half + 1000):
             writer.write(step, {f"metric_{i}": float(i) for i in range(30)})
         halves.append(sum(sent) - sum(halves))
-    lines = metrics.read_metrics(bucket)
+    lines = metrics_file.read(bucket)
     assert [line["step"] for line in lines] == list(range(2000))
     sizes = [path.stat().length for path in bucket.glob("metrics-*.jsonl")]
     line_bytes = sum(sizes) / 2000

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 from huggingface_hub import EvalResult, ModelCardData
 
-from flip_jax import checkpoint, config_check, metrics, models, saved_config, untrusted
+from flip_jax import checkpoint, config_check, metrics_file, models, saved_config, untrusted
 from flip_jax.config import Config
 from flip_jax.data.clip_tokenizer import ClipTokenizer
 from flip_jax.data.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ def from_model(path: str | os.PathLike) -> Card:
         if earlier["step"] == int(step.name):  # the same step: keep the evaluation and license that were added
             return earlier
         card["license"] = earlier["license"]
-    lines = [line for line in metrics.read_metrics(run) if line["step"] <= int(step.name)]
+    lines = [line for line in metrics_file.read(run) if line["step"] <= int(step.name)]
     records = next((line for line in reversed(lines) if "data/read" in line), {})
     results = next((line for line in reversed(lines) if "loss" not in line), None)
     card |= {
