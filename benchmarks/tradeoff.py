@@ -160,7 +160,7 @@ def show(scores: list[dict], measured: list[dict], table: pathlib.Path, chart: p
     if not (scores and measured):
         return
     seconds = {run: float(np.median([t for line in measured for t in line[run]])) for run in MASKS}
-    config = settings("mask 0", 1, 0, pathlib.Path())
+    config = settings("mask 0", LENGTHS["mask 0"][0], 0, pathlib.Path())
     image = config.model.image
     text = HEADER.format(
         width=image.width,
