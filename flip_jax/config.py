@@ -17,11 +17,14 @@ class ImageConfig:
     heads: int = 12
     mask: str = "random"
     mask_ratio: float = 0.5
-    pool: str = "mean"  # over all tokens, cls included (official); "patches": without it; or "cls"
+    # Over all tokens, cls included (official); "patches": without it; "cls"; or "map", a learned probe that attends to
+    # the patches (SigLIP), without cls.
+    pool: str = "mean"
     patch_bias: bool = True
     positions: str = "sincos"  # fixed (official), or "learned", with one for cls
     pre_norm: bool = False  # a norm before the first block (CLIP)
     pixel_stats: str = "imagenet"  # mean and deviation that pixels are normalised with: an entry of vit.PIXEL_STATS
+    mlp_width: int = 0  # hidden units of the MLPs; 0: 4 x width
 
     @property
     def visible_patches(self) -> int:
@@ -38,9 +41,12 @@ class TextConfig:
     width: int = 512
     depth: int = 12
     heads: int = 8
-    pool: str = "first"  # the first word piece (official), "mean" over the real tokens, or "last", the last of them
+    # The first word piece (official), "mean" over the real tokens, "last", the last of them, or "final", the last
+    # position, padding or not (SigLIP).
+    pool: str = "first"
     mask_padding: bool = False  # the official tower attends to padding
     causal: bool = False  # tokens attend to earlier ones only (CLIP)
+    mlp_width: int = 0  # hidden units of the MLPs; 0: 4 x width
     mask: str = "prioritised"
     mask_ratio: float = 0.0
 
@@ -68,6 +74,7 @@ class ModelConfig:
     text: TextConfig = TextConfig()
     decoder: DecoderConfig = DecoderConfig()
     embed_dim: int = 512
+    projection: str = "both"  # of both towers to embed_dim; "text": of the text alone, with a bias (SigLIP)
     init_logit_scale: float = 1 / 0.07  # initial exp(logit_scale), an inverse temperature; the loss clips it at 100
     activation: str = "gelu_tanh"  # the official approximation; "gelu"; or "quick_gelu", OpenAI's
     norm_eps: float = 1e-6

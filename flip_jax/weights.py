@@ -23,7 +23,18 @@ from flip_jax.saved_step import differences, read_json
 _log = logging.getLogger(__name__)
 
 # What fine-tuning takes from the model in `init_from`; the image size is the run's own.
-IMAGE_TOWER = ("width", "depth", "heads", "patch_size", "pool", "patch_bias", "positions", "pre_norm", "pixel_stats")
+IMAGE_TOWER = (
+    "width",
+    "depth",
+    "heads",
+    "patch_size",
+    "pool",
+    "patch_bias",
+    "positions",
+    "pre_norm",
+    "pixel_stats",
+    "mlp_width",
+)
 RESIZED = ("image.pos_embed", "image.patch_kernel")  # what `read_params` resizes for a model that it starts
 
 
@@ -46,15 +57,14 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
 
 def read_class_names(step: epath.Path) -> tuple[str, ...] | None:
     """Reads the class names of a classifier's labels, () if it was trained on numbers; None in older checkpoints."""
-    return tuple(read_json(step, "class_names")) if (step / "class_names").exists() else None
+    names = read_json(step, "class_names") if (step / "class_names").exists() or _is_portable(step) else None
+    return None if names is None else tuple(names)
 
 
 def check_start(config: Config, step: epath.Path) -> None:
     """Raises UserError, before anything is compiled, where the weights of a step cannot start this run."""
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))[1])
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
-    _compare(step, {name: part for name, part in params.items() if name != "head"}, saved, config.model)
+    _compare(step, {name: part for name, part in params.items() if name != "head"}, _shapes(step), config.model)
 
 
 def with_tower_of(config: Config, step: epath.Path) -> Config:
@@ -82,29 +92,51 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
     Raises:
       UserError: names or shapes that differ, both sides.
     """
+    unused, resized = _compare(step, params, _shapes(step), start_of)
+    if unused:
+        _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
+
+    def as_saved(path, leaf):
+        if (name := _name(path)) not in resized:
+            return leaf
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(resized[name], leaf.dtype, sharding=whole)
+
+    def as_ours(path, leaf, value):
+        if (name := _name(path)) not in resized:
+            return value
+        value = resize_weight(start_of.image, name.removeprefix("image."), np.asarray(value))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+    restored = _read(step, jax.tree_util.tree_map_with_path(as_saved, params))
+    return jax.tree_util.tree_map_with_path(as_ours, params, restored)
+
+
+def _is_portable(step: epath.Path) -> bool:
+    """Tells whether a folder holds a model of another kind than a step."""
+    return not (step / "state").is_dir()
+
+
+def _shapes(step: epath.Path) -> Any:
+    """Returns the names and shapes of the weights of a folder."""
+    if _is_portable(step):
+        from flip_jax.formats import folders
+
+        return folders.shapes(step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
-        unused, resized = _compare(step, params, saved, start_of)
-        if unused:
-            _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
+        return stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
 
-        def as_saved(path, leaf):
-            if (name := _name(path)) not in resized:
-                return leaf
-            whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-            return jax.ShapeDtypeStruct(resized[name], leaf.dtype, sharding=whole)
 
-        def as_ours(path, leaf, value):
-            if (name := _name(path)) not in resized:
-                return value
-            value = resize_weight(start_of.image, name.removeprefix("image."), np.asarray(value))
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+def _read(step: epath.Path, wanted: Any) -> Any:
+    """Reads the weights of a folder that the abstract tree `wanted` names, laid out as it says."""
+    if _is_portable(step):
+        from flip_jax.formats import folders
 
-        wanted = {"params": jax.tree_util.tree_map_with_path(as_saved, params)}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        restored = checkpointer.restore(step / "state", args=args)["params"]
-        return jax.tree_util.tree_map_with_path(as_ours, params, restored)
+        return folders.read_params(step, wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restore_args = ocp.checkpoint_utils.construct_restore_args({"params": wanted})
+        args = ocp.args.PyTreeRestore({"params": wanted}, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(step / "state", args=args)["params"]
 
 
 def _compare(step: epath.Path, params: Any, saved: Any, start_of: ModelConfig | None) -> tuple[set[str], dict]:
@@ -144,7 +176,7 @@ def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarr
     grid = config.image_size // config.patch_size
     if config.positions == "learned":
         return np.asarray(vit.resize_positions(value, grid))
-    return vit.sincos_2d(grid, config.width)  # rebuilt, as the official code does
+    return vit.fixed_positions(config)  # rebuilt, as the official code does
 
 
 def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarray:

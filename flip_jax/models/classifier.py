@@ -115,6 +115,8 @@ def layer_shares(params: Any, layer_decay: float, depth: int) -> Any:
         names = [key.key for key in path]
         if names[:3] == ["image", "transformer", "blocks"]:
             return (layer_decay ** jnp.arange(depth, 0, -1)).reshape(-1, *[1] * (x.ndim - 1))
-        return layer_decay ** (depth + 1) if names[0] == "image" and names[1] != "transformer" else 1.0
+        return (
+            layer_decay ** (depth + 1) if names[0] == "image" and names[1] not in ("transformer", "map_head") else 1.0
+        )
 
     return jax.tree_util.tree_map_with_path(share, params)
