@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "run zero-shot, retrieval, linear-probe and other evaluations",
     "inspect": "report what a data set holds: bad records, image sizes, caption lengths",
     "prepare": "write a data set as evenly filled, shuffled webdataset shards",
+    "push": "upload a converted model with its card to the Hugging Face hub",
     "report": "draw a run's loss and its images ranked for text queries",
     "search": "find the embeddings nearest to a text or an image",
 }
