@@ -60,7 +60,7 @@ def runlocal(config: ConfigDict) -> None:
     """Sets a short run of the recipe's very model on any machine: 20 steps of 16 of the embedded emoji."""
     size = 64 if config.model.image.image_size <= 64 else 224
     config.data.train = f"tfds:emoji/{size}/train"
-    config.init_from = ""
+    config.init_from, config.init_model = "", False
     config.global_batch_size = 16
     config.microbatches = 1
     config.mesh.fsdp = config.mesh.tensor = 1

@@ -114,10 +114,6 @@ class Checkpoints:
         )
         return type(state)(**self._manager.restore(self.latest(), args=args)["state"])
 
-    def tokenizer(self) -> Tokenizer | None:
-        """Reads the tokenizer of the newest step; None without a step, and for a classifier, which reads no text."""
-        return None if self.latest() is None else read_tokenizer(self.directory / str(self.latest()))
-
     def say_saved(self):
         """Says so if the save in progress is complete; does not wait for it."""
         if self._saving and not self._manager.is_saving_in_progress():

@@ -88,7 +88,7 @@ class OptimConfig:
     it falls linearly to 0 over the last `cooldown_samples` (0: never), so a run's length can be changed until then.
     """
 
-    name: str = "adamw"  # or "muon": matrices by Muon, embeddings, biases and norms by AdamW
+    name: str = "adamw"  # or "lamb", or "muon": matrices by Muon, embeddings, biases and norms by AdamW
     base_learning_rate: float = 4e-6
     b1: float = 0.9
     b2: float = 0.95
@@ -97,6 +97,11 @@ class OptimConfig:
     learning_rate: float = 0.0
     schedule: str = "cosine"
     cooldown_samples: int = 0
+    clip_norm: float = 0.0  # the most that the norm of all gradients together may be (0: any)
+    ema: float = 0.0  # decay per step of an average of the weights, which evaluation and export then take (0: none)
+    image_rate: float = 1.0  # factor of a tower's learning rate, without its projection; 0 freezes the tower
+    text_rate: float = 1.0
+    layer_decay: float = 1.0  # within a tower, the rate of a layer as a share of that of the next one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +112,6 @@ class FinetuneConfig:
     """
 
     classes: int = 0
-    layer_decay: float = 0.75  # the rate of a layer as a share of that of the next one
     label_smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -215,6 +219,7 @@ class Config:
     # Parts of the batch that are encoded one after the other; the loss compares the full batch. "auto": as few as fit.
     microbatches: int | str = 1
     init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
+    init_model: bool = False  # take the architecture of `init_from`, too, in place of that in `model`
     profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()

@@ -55,6 +55,8 @@ def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
     current = {RENAMED.get(key, key): value for key, value in flat.items()}
     if flat.get("data.captions") == OLD_CAPTIONS:
         current["data.captions"] = list(Config().data.captions)
+    if (decay := current.pop("finetune.layer_decay", None)) and current.get("finetune.classes"):
+        current["optim.layer_decay"] = decay  # it was for classifiers alone, with a default of 0.75
     if "model.temperature" in flat:  # values outside of today's range meant its bounds, to which the loss clips
         current["model.init_logit_scale"] = min(max(flat["model.temperature"], 1.0), 100.0)
     return current

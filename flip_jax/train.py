@@ -77,11 +77,13 @@ def _run(
     if not start and config.init_from:
         source = checkpoint.newest(config.init_from)
     recorded = None
+    if config.init_model and not source:
+        raise UserError("config.init_model takes the architecture of config.init_from, which is empty: set it")
     if source:
         from flip_jax import saved_config, weights  # only a run that resumes or starts from weights needs them
 
-        if config.finetune.classes:
-            config = weights.with_tower_of(config, source)
+        if config.finetune.classes or config.init_model:
+            config = weights.with_model_of(config, source)
         if start:
             saved_config.check(source, config)
             recorded = saved_config.read(source)
@@ -91,7 +93,9 @@ def _run(
         extend = "raise config.total_samples" if _extensible(config) else "use another --workdir and config.init_from"
         _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
         return
-    tokenizer = pipeline.make_tokenizer(config, checkpoints.tokenizer())
+    # A text tower that starts from weights knows the ids of their tokenizer.
+    saved = checkpoint.read_tokenizer(source) if source and (start or not config.data.vocab) else None
+    tokenizer = pipeline.make_tokenizer(config, saved)
     class_names: tuple[str, ...] = ()
     if config.finetune.classes:
         from flip_jax.data import classes
@@ -164,7 +168,7 @@ def _run(
         checkpoints.say_saved()
         if evaluating:
             with progress.pause("evaluation", config.eval.every_steps):
-                evaluate(state.params, batch, step)
+                evaluate(getattr(state, "ema", state.params), batch, step)  # the average where one is kept
             stop = termination.stopping
         if save or stop:
             with progress.pause("save", config.checkpoint.every_steps):
@@ -195,8 +199,8 @@ def _initial_state(
     if source:
         from flip_jax import weights
 
-        wanted = {name: part for name, part in program.state.params.items() if name != "head"}  # a new classifier's
-        state = state._replace(params=state.params | weights.read_params(source, wanted, config.model))
+        started = weights.read_params(source, program.state.params, config.model)
+        state = state._replace(params=state.params | started)
         _log.info("started from the weights in %s", source)
     return state
 
