@@ -75,13 +75,15 @@ def _run(
     start = checkpoints.latest() or 0
     source = checkpoints.directory / str(start) if start else None
     if not start and config.init_from:
-        source = checkpoint.newest(config.init_from)
-    recorded = None
-    if config.init_model and not source:
-        raise UserError("config.init_model takes the architecture of config.init_from, which is empty: set it")
-    if source:
-        from flip_jax import saved_config, weights  # only a run that resumes or starts from weights needs them
+        from flip_jax import saved_step
 
+        source = saved_step.newest(config.init_from)
+    recorded = saved = None
+    if source:
+        from flip_jax import saved_config, saved_step, weights  # only runs that resume or start from weights need them
+
+        # A text tower that starts from weights knows the ids of their tokenizer.
+        saved = saved_step.tokenizer(source) if start or not config.data.vocab else None
         if config.finetune.classes or config.init_model:
             config = weights.with_model_of(config, source)
         if start:
@@ -89,12 +91,12 @@ def _run(
             recorded = saved_config.read(source)
         else:
             weights.check_start(config, source)
+    elif config.init_model:
+        raise UserError("config.init_model takes the architecture of config.init_from, which is empty: set it")
     if start == config.total_steps:
         extend = "raise config.total_samples" if _extensible(config) else "use another --workdir and config.init_from"
         _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
         return
-    # A text tower that starts from weights knows the ids of their tokenizer.
-    saved = checkpoint.read_tokenizer(source) if source and (start or not config.data.vocab) else None
     tokenizer = pipeline.make_tokenizer(config, saved)
     class_names: tuple[str, ...] = ()
     if config.finetune.classes:

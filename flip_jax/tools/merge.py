@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from matplotlib.figure import Figure
 
-from flip_jax import checkpoint, config_check, evaluators, inference, lock, runtime, sharding, weights
+from flip_jax import config_check, evaluators, inference, lock, runtime, saved_step, sharding, weights
 from flip_jax.config import Config
 from flip_jax.evaluators import datasets
 from flip_jax.inference import Encoder
@@ -54,7 +54,7 @@ def check_alike(names: Sequence[str], encoders: Sequence[Encoder]) -> None:
         }
         for encoder in encoders
     )
-    differing = [f"  config.{key}: {x!r} and {y!r}" for key, x, y in checkpoint.differences(ours, theirs)]
+    differing = [f"  config.{key}: {x!r} and {y!r}" for key, x, y in saved_step.differences(ours, theirs)]
     vocabularies = [encoder.tokenizer and encoder.tokenizer.to_json() for encoder in encoders]
     if vocabularies[0] != vocabularies[1]:
         differing.append("  their tokenizers")

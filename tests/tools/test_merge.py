@@ -12,7 +12,7 @@ from helpers import WORDS, leaves, make_encoder, png, save, write_samples
 from PIL import Image
 
 import flip_jax
-from flip_jax import checkpoint, config, evaluators, weights
+from flip_jax import config, evaluators, saved_step, weights
 from flip_jax.runtime import UserError
 from flip_jax.tools import __main__ as flip
 from flip_jax.tools import merge
@@ -113,4 +113,4 @@ def test_a_classifier_keeps_its_classes(models, tmp_path):
     out = tmp_path / "classifier"
     weights.write(out, a.params, None, a.config, ("cat", "dog"))
     assert weights.read_class_names(out) == ("cat", "dog")
-    assert checkpoint.read_tokenizer(out) is None
+    assert saved_step.tokenizer(out) is None
