@@ -8,10 +8,10 @@ from flip_jax.tools import prepare as prepare_tool
 from flip_jax.tools.source_units import SourceUnits
 
 
-def prepare(source, out, shards=4, shortest_side=None, seed=0, workers=0, **filters):
+def prepare(source, out, shards=4, shortest_side=None, seed=0, workers=0, ray="", **filters):
     settings = {"source": source, "shards": shards, "shortest_side": shortest_side, "seed": seed, **filters}
     cut = SourceUnits(source, sources.open_source(source, DataConfig()), DataConfig())
-    return prepare_tool.prepare(cut, DataConfig(), out, settings, workers)
+    return prepare_tool.prepare(cut, DataConfig(), out, settings, workers, ray)
 
 
 def contents(folder):

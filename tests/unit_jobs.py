@@ -15,10 +15,10 @@ RECORDS = 10
 class Numbers(units.Job):
     """Sums the numbers of the records of each unit, and dies where it is told to."""
 
-    def __init__(self, folder, at_record=(), at_unit=(), once=(), slow=(), error=None, unborn=False):
+    def __init__(self, folder, at_record=(), at_unit=(), once=(), slow=(), error=None, unborn=False, seconds=0):
         """`at_record` and `slow` are (unit, number); at a unit in `once` only the first worker dies."""
         self.folder, self.at_record, self.at_unit, self.once = pathlib.Path(folder), at_record, at_unit, once
-        self.slow, self.error, self.unborn = slow, error, unborn
+        self.slow, self.error, self.unborn, self.seconds = slow, error, unborn, seconds
 
     def open(self):
         if self.unborn:
@@ -29,6 +29,7 @@ class Numbers(units.Job):
 
     def do(self, unit, payload, watch):
         assert payload == f"payload of {unit}"
+        time.sleep(self.seconds)
         if unit in self.at_unit:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.error and unit == 2:

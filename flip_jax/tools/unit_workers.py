@@ -4,8 +4,10 @@ import contextlib
 import glob
 import os
 import pickle
+import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,8 @@ from flip_jax.runtime import UserError
 from flip_jax.tools.source_units import Place
 
 TOO_SLOW = 30  # processor seconds for one record, so that other work on the machine does not count
+TIMEOUT = 30  # seconds for a Ray cluster to answer
+TPU_BOUNDS = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}  # how libtpu calls the chips of a host
 ENDS = "ends the worker"  # the kind of bad record at which two workers died
 
 
@@ -160,15 +164,22 @@ class Actor:
     def __init__(self, job, number, alone):
         import ray
 
+        kind, each, _ = _resource(job)
+        needs = {"num_gpus": each} if kind == "GPU" else {"resources": {"TPU": each}} if kind == "TPU" else {}
+        # A host of a slice computes by itself; libtpu would wait for the others.
+        alone = {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS": TPU_BOUNDS.get(each, "1,1,1")}
+        variables = {"env_vars": alone if kind == "TPU" else {}}
         # Without retries by Ray: whoever asks again says which records to skip.
-        kind = ray.remote(num_cpus=1, num_gpus=_gpus_each(job), max_restarts=0, max_task_retries=0)(Server)
-        self._ray, self._actor = ray, kind.options(scheduling_strategy="SPREAD").remote()
+        options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", "runtime_env": variables}
+        self._ray, self._actor = ray, ray.remote(Server).options(num_cpus=1, **needs, **options).remote()
 
     def ask(self, *request):
+        lost = self._ray.exceptions
         try:
             return self._ray.get(self._actor.answer.remote(*request))
-        except self._ray.exceptions.RayActorError as error:
-            raise Died(str(error).strip().partition("\n")[0]) from None
+        except (lost.RayActorError, lost.NodeDiedError, lost.ObjectLostError) as error:
+            self.close()  # it may live where its node cannot be reached
+            raise Died(str(error).strip().partition("\n")[0][:200]) from None
 
     def close(self):
         self._ray.kill(self._actor)
@@ -181,11 +192,20 @@ def gpus() -> list[str]:
     return sorted(path.removeprefix("/dev/nvidia") for path in glob.glob("/dev/nvidia[0-9]*"))
 
 
-def _gpus_each(job):
-    """Return the GPUs that each worker needs of the Ray cluster: one for a model, if it has any."""
+def _resource(job):
+    """Return the kind of resource that each worker of a Ray cluster needs, how many, and for how many workers.
+
+    A model is on a GPU or on all chips of a TPU host, if the cluster has any.
+    """
     import ray
 
-    return int(job.uses_model and ray.cluster_resources().get("GPU", 0) >= 1)
+    total = ray.cluster_resources()
+    if job.uses_model and total.get("GPU", 0) >= 1:
+        return "GPU", 1, int(total["GPU"])
+    if job.uses_model and total.get("TPU", 0) >= 1:
+        each = max(int(node["Resources"].get("TPU", 0)) for node in ray.nodes())
+        return "TPU", each, int(total["TPU"] // each)
+    return "CPU", 1, int(total.get("CPU", 0))
 
 
 def connect(address: str, workers: int, job: Any) -> int:
@@ -201,19 +221,21 @@ def connect(address: str, workers: int, job: Any) -> int:
             '--ray needs Ray: pip install -e ".[ray]", on all nodes; without it, use --workers=N'
         ) from error
     if not ray.is_initialized():
+        host, _, port = address.rpartition(":")
         try:
+            if re.fullmatch(r"[^/]+:\d+", address):  # Ray itself tries for minutes
+                socket.create_connection((host, int(port)), TIMEOUT).close()
             ray.init(address=address, logging_level="warning", log_to_driver=False)
         except Exception as error:  # Ray has several kinds for an address where no cluster answers
             raise UserError(
                 f"--ray={address}: no Ray cluster answers ({str(error).strip().partition(chr(10))[0]}); start one with "
                 "`ray start --head`, and on other machines `ray start --address=HOST:6379`"
             ) from error
-    resource = "GPU" if _gpus_each(job) else "CPU"
-    room = int(ray.cluster_resources().get(resource, 0))
+    resource, _, room = _resource(job)
     if not room or workers > room:
         raise UserError(
-            f"--ray={address}: the cluster has {room} free {resource}s, not {workers or 1}: use --workers={room}"
+            f"--ray={address}: it has room for {room} workers by {resource}, not {workers}: use --workers={room}"
             if room
-            else f"--ray={address}: the cluster has no {resource}, which each worker needs: add nodes that have"
+            else f"--ray={address}: it has no {resource}, which each worker needs: add nodes that have"
         )
     return workers or room
