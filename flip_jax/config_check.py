@@ -268,7 +268,7 @@ def _normalised(argument: str) -> str:
     if type(known.get(key)) is int:
         return f"{name}={integral(value)}" if equals else name
     if key == "data.captions" and "," in value and value[0] not in "([":
-        return f"{name}={tuple(value.split(','))!r}"
+        return f"{name}={tuple(key.strip() for key in value.split(','))!r}"
     return argument
 
 

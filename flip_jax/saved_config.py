@@ -7,9 +7,9 @@ from typing import Any
 from etils import epath
 
 from flip_jax import config_check
-from flip_jax.checkpoint import differences, read_json
 from flip_jax.config import Config
 from flip_jax.runtime import UserError
+from flip_jax.saved_step import differences, read_json
 
 # Settings that may differ between the run that wrote a checkpoint and the one that resumes it.
 RESUMABLE_CHANGES = (

@@ -75,7 +75,9 @@ def _run(
     start = checkpoints.latest() or 0
     source = checkpoints.directory / str(start) if start else None
     if not start and config.init_from:
-        source = checkpoint.newest(config.init_from)
+        from flip_jax import saved_step
+
+        source = saved_step.newest(config.init_from)
     recorded = None
     if source:
         from flip_jax import saved_config, weights  # only a run that resumes or starts from weights needs them
