@@ -28,7 +28,11 @@ def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
     data = dataclasses.replace(config.data, vocab=home(config.data.vocab), tfds_dir=home(config.data.tfds_dir))
     evaluation = dataclasses.replace(config.eval, classnames=home(config.eval.classnames))
     config = dataclasses.replace(config, init_from=home(config.init_from), data=data, eval=evaluation)
-    _check(config)
+    if config.stages:
+        from flip_jax import stages  # only runs with stages need it
+
+        return stages.checked(config)
+    check(config)
     return config
 
 
@@ -171,7 +175,8 @@ _AT_MOST = {
 _MAX_PATCHES = 2**16
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raises UserError for settings of a run without stages that cannot be used or contradict each other."""
     flat, image, text, data = flatten(config), config.model.image, config.model.text, config.data
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
@@ -220,11 +225,7 @@ def _check(config: Config) -> None:
             f"config.total_samples {config.total_samples} is less than one batch of {config.global_batch_size}; "
             "raise total_samples or lower global_batch_size"
         )
-    traced, steps = config.profile, config.total_steps
-    if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1] <= steps):
-        raise UserError(
-            f"config.profile must be empty or the first and the last step to trace, within 1 to {steps}; got {traced}"
-        )
+    check_profile(config.profile, config.total_steps)
     if config.warmup_samples >= config.total_samples:
         raise UserError(
             f"config.warmup_samples {config.warmup_samples} must be less than total_samples {config.total_samples}"
@@ -256,6 +257,14 @@ def _check(config: Config) -> None:
     for template in config.eval.templates:
         if template.count("{}") != 1:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")
+
+
+def check_profile(traced: tuple[int, ...], steps: int) -> None:
+    """Raises UserError where the steps to trace are not within a run of so many."""
+    if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1] <= steps):
+        raise UserError(
+            f"config.profile must be empty or the first and the last step to trace, within 1 to {steps}; got {traced}"
+        )
 
 
 def _normalised(argument: str) -> str:
@@ -300,4 +309,9 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         raise UserError(reason) from None
     if rest:
         raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks, braces or a glob needs quotes")
-    return from_config_dict(values.config)
+    config, given = from_config_dict(values.config), values.config.total_samples
+    if config.stages and given != config.total_samples and any("total_samples=" in word for word in arguments):
+        raise UserError(
+            f"config.total_samples {given} is not the sum of config.stages, {config.total_samples}; leave it out"
+        )
+    return config
