@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import pathlib
 
-from flip_jax import checkpoint, config_check, evaluators, inference, train
+from flip_jax import config_check, evaluators, inference, saved_step, train
 from flip_jax.config import Config
 
 TASK = "zeroshot/emoji"
@@ -21,7 +21,7 @@ def settings(samples: int, changes: str, seed: int, workdir: pathlib.Path) -> Co
 def fit(config: Config, path: pathlib.Path) -> None:
     """Train or resume to the end; SIGTERM ends the program after a checkpoint."""
     train.train(config, path)
-    if checkpoint.newest(str(path)).name != str(config.total_steps):
+    if saved_step.newest(str(path)).name != str(config.total_steps):
         raise SystemExit("stopped; run the same command to resume")
 
 

@@ -1,8 +1,9 @@
 """Run the paper's figure 1 at laptop size: python -m benchmarks.tradeoff --workdir=DIR [--measure]
 
-Trains a FLIP on the embedded emoji at mask 0, 0.5 and 0.75 for several lengths each, all with the same batch, and draws
-the zero-shot accuracy on another vendor's drawings against training time. A result is a line of --results and is not
-trained again; a stopped run resumes from its checkpoint. All runs of one seed come before the next seed.
+Trains a FLIP on the embedded emoji at mask 0, 0.5 and 0.75 for several lengths each, all with the same batch, tunes
+some of the masked ones without a mask, and draws the zero-shot accuracy on another vendor's drawings against training
+time. A result is a line of --results and is not trained again; a stopped run resumes from its checkpoint. All runs of
+one seed come before the next seed.
 
 The time of a run is its number of steps times the seconds per step. --measure takes these on a machine that should be
 otherwise idle: the three settings in turn, round after round, with the input pipeline. The median over all rounds of
@@ -30,11 +31,21 @@ RECIPE = (
     "global_batch_size=128,microbatches=1,optim.name=muon,optim.base_learning_rate=2e-3"
 )
 MASKS = {"mask 0": 0, "mask 0.5": 0.5, "mask 0.75": 0.75}
-# Samples of each run.
+# Unmasked tuning (the paper's section 4.2) of a run's weights, for TUNING samples.
+TUNED = {"mask 0.75, tuned": "mask 0.75"}
+TUNING, TUNING_RATE = 6_400, 5e-4
+# Samples of each run, without the tuning.
 LENGTHS = {
-    "mask 0": (6_400, 12_800, 25_600, 51_200),
-    "mask 0.5": (6_400, 12_800, 25_600),
-    "mask 0.75": (6_400, 12_800, 25_600, 51_200),
+    "mask 0": (12_800, 38_400),
+    "mask 0.5": (25_600, 51_200),
+    "mask 0.75": (12_800, 25_600, 51_200),
+    "mask 0.75, tuned": (25_600, 51_200),
+}
+NAMES = {
+    "mask 0": "not masked",
+    "mask 0.5": "50 % masked",
+    "mask 0.75": "75 % masked",
+    "mask 0.75, tuned": "75 % masked, then tuned",
 }
 ROUNDS, TURN = 4, 4096  # rounds of a measurement, samples of a turn
 PAPER = 3.7  # L/16 on LAION-400M, 256 TPU v3 cores; figure 1
@@ -44,7 +55,8 @@ HEADER = """# Accuracy against time
 Written by `python -m benchmarks.tradeoff --workdir=DIR`: the paper's figure 1 with a FLIP of {width} x {depth} layers
 on emoji of {pixels} px in {patches} patches, zero-shot on the 1,890 classes of another vendor's drawings, in percent,
 mean and standard deviation over seeds. The batch is {batch} for every mask, as are optimizer and learning rate; each
-length is its own run with its own schedule. Time is the number of steps times the median step time, input pipeline
+length is its own run with its own schedule. "Tuned" adds {tuning:,} samples without a mask, from the weights of the run
+of that length, at a quarter of its rate. Time is the number of steps times the median step time, input pipeline
 included, over {rounds} rounds in alternation on {device}: {steps}.
 Compiling, evaluating and saving are not counted.
 
@@ -109,21 +121,37 @@ def step_seconds(settings: dict[str, Config]) -> dict[str, list[float]]:
 
 
 def settings(run: str, samples: int, seed: int, workdir: pathlib.Path) -> Config:
-    """Return the settings of one training run."""
+    """Return the settings of one training run; a tuned one starts from the weights of a masked one of that length."""
+    if base := TUNED.get(run):
+        start = f"init_from={folder(base, samples, seed, workdir)},optim.base_learning_rate={TUNING_RATE}"
+        return emoji_runs.settings(TUNING, f"{RECIPE},model.image.mask_ratio=0,{start}", seed, workdir)
     return emoji_runs.settings(samples, f"{RECIPE},model.image.mask_ratio={MASKS[run]}", seed, workdir)
+
+
+def folder(run: str, samples: int, seed: int, workdir: pathlib.Path) -> pathlib.Path:
+    """Return the workdir of one training run."""
+    return workdir / run.replace(" ", "_").replace(",", "") / str(samples) / str(seed)
+
+
+def cost(run: str, samples: int, of_sample: dict[str, float]) -> float:
+    """Return what a run costs, if a sample at each mask costs `of_sample`."""
+    if base := TUNED.get(run):
+        return samples * of_sample[base] + TUNING * of_sample["mask 0"]
+    return samples * of_sample[run]
 
 
 def missing(scores: list[dict], seeds: int) -> list[tuple[str, int, int]]:
     """Return (run, samples, seed) of all runs without a result: seed by seed, cheap ones first."""
     done = {(line["result"], line["samples"], line["seed"]) for line in scores}
     runs = [(run, samples, seed) for run in LENGTHS for samples in LENGTHS[run] for seed in range(seeds)]
-    return sorted(set(runs) - done, key=lambda run: (run[2], run[1] * (1 - MASKS[run[0]]), run))
+    visible = {run: 1 - mask for run, mask in MASKS.items()}
+    return sorted(set(runs) - done, key=lambda run: (run[2], cost(*run[:2], visible), run))
 
 
 def read(results: pathlib.Path) -> tuple[list[dict], list[dict]]:
     """Return all accuracies, and all measurements of step times."""
     lines = pages.read(results)
-    scores = [line for line in lines if line["result"] in MASKS]
+    scores = [line for line in lines if line["result"] in LENGTHS]
     return scores, [line for line in lines if line["result"] == "step seconds"]
 
 
@@ -132,7 +160,7 @@ def show(scores: list[dict], measured: list[dict], table: pathlib.Path, chart: p
     if not (scores and measured):
         return
     seconds = {run: float(np.median([t for line in measured for t in line[run]])) for run in MASKS}
-    config = settings("mask 0", 1, 0, pathlib.Path())
+    config = settings("mask 0", LENGTHS["mask 0"][0], 0, pathlib.Path())
     image = config.model.image
     text = HEADER.format(
         width=image.width,
@@ -140,24 +168,26 @@ def show(scores: list[dict], measured: list[dict], table: pathlib.Path, chart: p
         pixels=image.image_size,
         patches=(image.image_size // image.patch_size) ** 2,
         batch=config.global_batch_size,
+        tuning=TUNING,
         steps=", ".join(f"{1000 * seconds[run]:.0f} ms at {run}" for run in MASKS),
         rounds=sum(len(line["mask 0"]) for line in measured),
         device=measured[-1]["device"],
     )
-    curves = {key: {run: [] for run in MASKS} for key in ("top1", "top5")}  # (time, {seed: accuracy})
+    of_sample = {run: taken / config.global_batch_size for run, taken in seconds.items()}
+    curves = {key: {run: [] for run in LENGTHS} for key in ("top1", "top5")}  # (time, {seed: accuracy})
     for run, samples in sorted({(line["result"], line["samples"]) for line in scores}):
         found = [line for line in scores if (line["result"], line["samples"]) == (run, samples)]
-        trained = samples // config.global_batch_size * seconds[run]
+        trained = cost(run, samples, of_sample)
         for key, curve in curves.items():
             curve[run].append((trained, {line["seed"]: line[key] for line in found}))
         top1, top5 = (pages.mean_and_spread([line[key] for line in found]) for key in curves)
         text += f"| {run.removeprefix('mask ')} | {samples:,} | {trained:.0f} | {top1} | {top5} | {len(found)} |\n"
     if curves["top1"]["mask 0"]:
         text += SPEED_UP.format(paper=PAPER)
-        for run in list(MASKS)[1:]:
+        for run in list(LENGTHS)[1:]:
             ratios = (speed_ups(curve["mask 0"], curve[run]) for curve in curves.values())
-            cost = f"{seconds['mask 0'] / seconds[run]:.2f}"
-            text += f"| {run.removeprefix('mask ')} | {' | '.join(ratios)} | {cost} | {PAPER} |\n"
+            cheaper = f"{seconds['mask 0'] / seconds[run]:.2f}" if run in MASKS else ""
+            text += f"| {run.removeprefix('mask ')} | {' | '.join(ratios)} | {cheaper} | {PAPER} |\n"
     pages.write(table, text)
     draw(curves, chart)
 
@@ -194,9 +224,8 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
             spread = [np.std(list(found.values()), ddof=1) if len(found) > 1 else 0 for _, found in curve]
             times, values = zip(*means(curve), strict=True)
             bars = axes.errorbar(times, values, spread, marker="o", capsize=3)
-            name = "not masked" if run == "mask 0" else f"{float(run.removeprefix('mask ')):.0%} masked"
             place = {"xy": (times[-1], values[-1]), "xytext": (6, 4), "textcoords": "offset points"}
-            axes.annotate(name, **place, color=bars[0].get_color(), fontweight="bold")
+            axes.annotate(NAMES[run], **place, color=bars[0].get_color(), fontweight="bold")
         end, accuracy = max(means(by_run["mask 0"]), default=(0, 0))
         needed = {run: time_to(means(curve), accuracy) for run, curve in by_run.items() if run != "mask 0"}
         if reached := [seconds for seconds in needed.values() if seconds]:
@@ -242,7 +271,7 @@ def main() -> None:
         while todo := missing(read(results)[0], arguments.seeds):
             run, samples, seed = todo[0]
             config = settings(run, samples, seed, workdir)
-            path = workdir / run.replace(" ", "_") / str(samples) / str(seed)
+            path = folder(run, samples, seed, workdir)
             emoji_runs.fit(config, path)
             found = emoji_runs.score(inference.load(path), config)
             pages.append(results, [{"result": run, "samples": samples, "seed": seed} | found])

@@ -51,15 +51,11 @@ def unmasked(config: ConfigDict) -> None:
 
 
 def tuned(config: ConfigDict) -> None:
-    """Sets the pre-training, then its `unmasked` tuning with a fresh optimizer, as one run of two stages.
-
-    Lengths are whole steps. Variants that change the pre-training come before this one: `:laion2b,tuned`.
-    """
+    """Sets the pre-training, in whole steps, and its `unmasked` tuning as one run; `:laion2b` must come before it."""
     batch = config.global_batch_size
-    config.stages = (
-        f"{config.total_samples // batch * batch};{128_000_000 // batch * batch}:model.image.mask_ratio=0,"
-        "optim.base_learning_rate=4e-8,warmup_samples=25_600_000,optim.state=fresh"
-    )
+    lengths = (samples // batch * batch for samples in (config.total_samples, 128_000_000))
+    tuning = "model.image.mask_ratio=0,optim.base_learning_rate=4e-8,warmup_samples=25_600_000,optim.state=fresh"
+    config.stages = "{};{}:{}".format(*lengths, tuning)
 
 
 def laion2b(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -118,7 +118,11 @@ class Checkpoints:
 
     def tokenizer(self) -> Tokenizer | None:
         """Reads the tokenizer of the newest step; None without a step, and for a classifier, which reads no text."""
-        return None if self.latest() is None else read_tokenizer(self.directory / str(self.latest()))
+        if self.latest() is None:
+            return None
+        from flip_jax import saved_step
+
+        return saved_step.tokenizer(self.directory / str(self.latest()))
 
     def say_saved(self):
         """Says so if the save in progress is complete; does not wait for it."""
@@ -177,43 +181,3 @@ def absolute(path: str | os.PathLike) -> epath.Path:
             f"{os.fspath(path)!r}: a checkpoint cannot be read from a path with [, * or ?; use another name"
         )
     return path
-
-
-def newest(path: str) -> epath.Path:
-    """Finds the step's folder that `path` means: itself, or the newest step of that workdir.
-
-    Raises:
-      UserError: there is no complete checkpoint, or it is damaged.
-    """
-    step = absolute(path)
-    if not (step / "state").is_dir():
-        steps = manifest.complete(step / "checkpoints")
-        if not steps:
-            raise UserError(
-                f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder"
-            )
-        step = step / "checkpoints" / str(steps[-1])
-    from flip_jax import damage, untrusted
-
-    untrusted.check_folder(step)
-    damage.refuse(step)
-    return step
-
-
-def read_tokenizer(step: epath.Path) -> Tokenizer | None:
-    """Reads the tokenizer of a step's folder; None for a classifier, which reads no text."""
-    content = read_json(step, "tokenizer")
-    return Tokenizer.from_json(content) if content else None
-
-
-def read_json(step: epath.Path, item: str) -> Any:
-    """Reads an item of a step's folder that is JSON."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(step / item)
-
-
-def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (name, saved, ours) of every entry that differs; None where one side has none."""
-    for name in sorted(saved.keys() | ours.keys()):
-        if saved.get(name) != ours.get(name):
-            yield name, saved.get(name), ours.get(name)

@@ -242,7 +242,7 @@ class Stage:
     last: int
     first: int = 0
     samples: int = 0  # seen before it
-    name: str = ""  # "2/3"; empty without `Config.stages`
+    name: str = ""  # "stage 2/3: ", with which its lines begin; empty without `Config.stages`
     fresh: bool = False  # whether the optimizer starts without the state of the stage before
 
     def samples_seen(self, step: int) -> int:

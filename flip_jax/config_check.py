@@ -225,7 +225,11 @@ def check(config: Config) -> None:
             f"config.total_samples {config.total_samples} is less than one batch of {config.global_batch_size}; "
             "raise total_samples or lower global_batch_size"
         )
-    check_profile(config.profile, config.total_steps)
+    traced, steps = config.profile, config.total_steps
+    if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1] <= steps):
+        raise UserError(
+            f"config.profile must be empty or the first and the last step to trace, within 1 to {steps}; got {traced}"
+        )
     if config.warmup_samples >= config.total_samples:
         raise UserError(
             f"config.warmup_samples {config.warmup_samples} must be less than total_samples {config.total_samples}"
@@ -259,14 +263,6 @@ def check(config: Config) -> None:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")
 
 
-def check_profile(traced: tuple[int, ...], steps: int) -> None:
-    """Raises UserError where the steps to trace are not within a run of so many."""
-    if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1] <= steps):
-        raise UserError(
-            f"config.profile must be empty or the first and the last step to trace, within 1 to {steps}; got {traced}"
-        )
-
-
 def _normalised(argument: str) -> str:
     """Finds the recipe, and writes a value as the settings' own parser takes it: 1e6 as 1000000, a,b as ('a','b')."""
     name, equals, value = argument.partition("=")
@@ -277,7 +273,7 @@ def _normalised(argument: str) -> str:
     if type(known.get(key)) is int:
         return f"{name}={integral(value)}" if equals else name
     if key == "data.captions" and "," in value and value[0] not in "([":
-        return f"{name}={tuple(value.split(','))!r}"
+        return f"{name}={tuple(key.strip() for key in value.split(','))!r}"
     return argument
 
 

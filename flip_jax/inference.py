@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from flip_jax import checkpoint, masking, models, saved_config, sharding, weights
+from flip_jax import masking, models, saved_config, saved_step, sharding, weights
 from flip_jax.config import Config, MeshConfig
 from flip_jax.data import rare_images, transforms
 from flip_jax.data.tokenizer import Tokenizer
@@ -150,13 +150,13 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
       UserError: there is no complete checkpoint, or its place cannot be read.
     """
     try:
-        step = checkpoint.newest(path)
+        step = saved_step.newest(path)
     except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
         raise UserError(f"{os.fspath(path)} cannot be read: {error}; check the path and its credentials") from error
     config = saved_config.read(step)
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))
-    tokenizer, entries = checkpoint.read_tokenizer(step), config.model.text.vocab_size
+    tokenizer, entries = saved_step.tokenizer(step), config.model.text.vocab_size
     if tokenizer and tokenizer.vocab_size > entries:
         raise UserError(
             f"{step}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, above config.model.text.vocab_size "

@@ -3,9 +3,7 @@
 import contextlib
 import importlib.util
 import json
-import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,9 +12,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from flip_jax import manifest
 from flip_jax.config import Config
-from flip_jax.runtime import UserError, say
+from flip_jax.runtime import UserError
 
 # Peak bf16 FLOP/s of one device as JAX counts them, from data sheets (a TPU v3 or TPU7x chip is two devices).
 PEAK_FLOPS = {
@@ -48,11 +45,6 @@ def check(config: Config) -> None:
         )
 
 
-def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
-    """Reads the metrics of a run, in the order written; a line that a kill cut short or that is damaged is skipped."""
-    return [line for path in _metrics_files(workdir) for line in map(_parse, _lines(path)) if line]
-
-
 def write_parameters(workdir: epath.Path, params: Mapping[str, Any]) -> None:
     """Writes name, shape, type, size and sharding of each parameter, and their total, to WORKDIR/parameters.txt.
 
@@ -81,13 +73,10 @@ class Writer:
             return
         from flip_jax import trackers  # only this process needs them
 
-        for path in _metrics_files(workdir):
-            parsed = [(line, _parse(line)) for line in _lines(path)]
-            if bad := sum(not content for _, content in parsed):
-                say(f"{path}: dropped {bad} damaged line{'s' * (bad > 1)} of {len(parsed)}")
-            kept = b"".join(line + b"\n" for line, content in parsed if content and content["step"] <= step)
-            if kept != path.read_bytes():
-                _replace(path, kept)
+        if any(workdir.glob("metrics*.jsonl")):
+            from flip_jax import metrics_file
+
+            metrics_file.drop_after(workdir, step)
         if "://" in os.fspath(workdir):
             self._objects = trackers.ObjectLog(os.fspath(workdir / "metrics"), ".jsonl")
         else:
@@ -116,34 +105,6 @@ class Writer:
         """Flushes and closes the trackers."""
         for tracker in self.trackers:
             tracker.close()
-
-
-def _metrics_files(workdir: epath.Path) -> list[epath.Path]:
-    """Lists the files of metrics in the order written: metrics.jsonl, metrics-000001.jsonl, metrics-000002.jsonl."""
-    ours = (path for path in workdir.glob("metrics*.jsonl") if re.fullmatch(r"metrics(-\d{6,})?.jsonl", path.name))
-    return sorted(ours, key=lambda path: (len(path.name), path.name))
-
-
-def _lines(path: epath.Path) -> list[bytes]:
-    return [line for line in path.read_bytes().split(b"\n") if line]
-
-
-def _parse(line: bytes) -> dict[str, float] | None:
-    """Reads a line of metrics; None for one that was cut short by a kill or is damaged otherwise."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    numbers = isinstance(content, dict) and all(type(value) in (int, float) for value in content.values())
-    return content if numbers and math.isfinite(content.get("step", math.nan)) else None
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Replaces a file in one go, so that a kill leaves the old one or the new one."""
-    new = path.with_suffix(".new")
-    new.write_bytes(content)
-    manifest.measure(new, sync=True)
-    new.replace(path)
 
 
 class Progress:
@@ -189,7 +150,7 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, float], sta
     rate = scalars["images_per_second"]
     scale = f"scale {scalars['logit_scale']:.2f}  " if "logit_scale" in scalars else ""
     return (
-        f"step {step}/{total_steps}  {f'stage {stage}  ' if stage else ''}samples {scalars['samples_seen']:,}  "
+        f"step {step}/{total_steps}  {stage}samples {scalars['samples_seen']:,}  "
         f"loss {scalars['loss']:.4f}  {scale}lr {scalars['next_learning_rate']:.3g}  "
         f"{rate:,.{1 if rate < 10 else 0}f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     )

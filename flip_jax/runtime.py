@@ -59,12 +59,13 @@ def run(function: Callable[..., int | None], *arguments: Any) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
     except Exception as error:
-        traceback.print_exc()
         code = 1
         if _is_one_of_several() and lost_another(error):
             from flip_jax import several
 
-            several.say_lost()
+            several.say_lost(error)
+        else:
+            traceback.print_exc()
     if _is_one_of_several():
         from flip_jax import several
 

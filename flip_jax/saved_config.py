@@ -7,9 +7,9 @@ from typing import Any
 from etils import epath
 
 from flip_jax import config_check
-from flip_jax.checkpoint import differences, read_json
 from flip_jax.config import Config, Stage
 from flip_jax.runtime import UserError
+from flip_jax.saved_step import differences, read_json
 
 # Settings that may differ between the run that wrote a checkpoint and the one that resumes it.
 RESUMABLE_CHANGES = (
@@ -92,6 +92,15 @@ def check(step: epath.Path, config: Config) -> None:
             f"{step.parent} holds checkpoints of a run with other settings:\n" + "\n".join(changed) + "\n"
             "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)." + remedy
         )
+
+
+def longer(config: Config) -> str:
+    """Says how a run that is done can be trained longer."""
+    if config.stages:
+        return "add a stage to config.stages"
+    if config.optim.schedule == "constant" and not config.optim.cooldown_samples:
+        return "raise config.total_samples"
+    return "use another --workdir and config.init_from"
 
 
 def changes(step: epath.Path, written: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

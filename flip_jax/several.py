@@ -8,8 +8,11 @@ import argparse
 import collections
 import json
 import os
+import re
+import signal
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 import jax
@@ -18,6 +21,8 @@ from jax._src import distributed
 
 from flip_jax.runtime import UserError
 
+# What Gloo and the coordination service write of another process that is gone.
+_GONE = re.compile(r"[Gg]loo|by peer|Connection refused|heartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED")
 LOST_AFTER = 60  # seconds without a heartbeat before JAX declares a process lost, names it and ends the others
 
 
@@ -43,6 +48,8 @@ def start(options: argparse.Namespace) -> None:
             f"this process cannot join the others: {error}. --distributed detects TPU pods, SLURM and GKE; elsewhere "
             "give --coordinator, --num_processes and --process_id"
         ) from error
+    # JAX aborts a process that lost another one and says so; `faulthandler` would add where each thread was.
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
     if jax.default_backend() == "cpu":
         # The cache serves the first process alone, and there a loaded program has its collectives in another order than
         # one that has just been compiled.
@@ -96,12 +103,18 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def say_lost() -> None:
-    """Says what to do where another process may be lost, and waits until JAX has named it."""
-    index, wait = jax.process_index(), 2 * LOST_AFTER
+def say_lost(error: Exception) -> None:
+    """Says what to do where another process may be lost, and waits until JAX has named it.
+
+    An error that may have another cause keeps its trace.
+    """
+    index, wait, text = jax.process_index(), 2 * LOST_AFTER, str(error)
+    if not _GONE.search(text):
+        traceback.print_exc()
     print(
-        f"error: process {index} cannot continue. If another process was lost, JAX names it within {wait} s. "
-        "Start all processes again with the same command; training resumes from its newest checkpoint",
+        f"error: process {index} cannot continue: {text.partition(chr(10))[0]}\n"
+        f"If another process was lost, JAX names it within {wait} s. Start all processes again with the same "
+        "command; training resumes from its newest checkpoint",
         file=sys.stderr,
         flush=True,
     )

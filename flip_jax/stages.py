@@ -12,10 +12,11 @@ import optax
 from etils import epath
 
 from flip_jax import config_check, saved_config, train_step
-from flip_jax.checkpoint import Checkpoints, read_json
+from flip_jax.checkpoint import Checkpoints
 from flip_jax.config import Config, Stage
 from flip_jax.models import vit
 from flip_jax.runtime import UserError, say
+from flip_jax.saved_step import read_json
 from flip_jax.train_step import Program, TrainState
 
 SETTINGS = (
@@ -51,10 +52,12 @@ def checked(config: Config) -> Config:
     Raises:
       UserError: stages that cannot be read, change something else than `SETTINGS`, or do not fit the other settings.
     """
-    # Lengths belong to the stages, which are checked one by one.
-    config_check.check(dataclasses.replace(config, total_samples=2**62, profile=()))
+    # The base settings have no length of their own: theirs are checked with each stage.
+    timeless = dataclasses.replace(config.optim, cooldown_samples=0)
+    base = dataclasses.replace(config, warmup_samples=0, optim=timeless, total_samples=config.global_batch_size)
+    config_check.check(dataclasses.replace(base, profile=()))
     stages = plan(config)
-    config_check.check_profile(config.profile, stages[-1].last)
+    config_check.check(dataclasses.replace(base, total_samples=stages[-1].last * config.global_batch_size))
     return dataclasses.replace(config, total_samples=sum(stage.config.total_samples for stage in stages))
 
 
@@ -70,7 +73,7 @@ def plan(config: Config) -> list[Stage]:
     for number, part in enumerate(parts, 1):
         own, fresh = _read(part, config, f"config.stages, stage {number}")
         last = step + own.total_steps
-        stages.append(Stage(own, last, step, samples, f"{number}/{len(parts)}", fresh))
+        stages.append(Stage(own, last, step, samples, f"stage {number}/{len(parts)}: ", fresh))
         step, samples = last, samples + own.total_samples
     return stages
 
@@ -168,6 +171,13 @@ def enter(stage: Stage, program: Program, state: TrainState) -> TrainState:
 
 def _is_schedule(x: Any) -> bool:
     return isinstance(x, optax.ScaleByScheduleState)
+
+
+def follow(batches: grain.DatasetIterator, following: grain.DatasetIterator) -> grain.DatasetIterator:
+    """Moves the data of a stage to where those of the stage before stopped, which are closed."""
+    following.set_state(batches.get_state())
+    batches.close()
+    return following
 
 
 def restore(

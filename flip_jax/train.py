@@ -88,7 +88,9 @@ def _run(
     start = checkpoints.latest() or 0
     source = checkpoints.directory / str(start) if start else None
     if not start and config.init_from:
-        source = checkpoint.newest(config.init_from)
+        from flip_jax import saved_step
+
+        source = saved_step.newest(config.init_from)
     recorded = None
     if source:
         from flip_jax import saved_config, weights  # only a run that resumes or starts from weights needs them
@@ -102,12 +104,8 @@ def _run(
             weights.check_start(config, source)
     remaining = [stage for stage in plan(config) if stage.last > start]
     if not remaining:
-        extend = "use another --workdir and config.init_from"
-        if config.stages:
-            extend = "add a stage to config.stages"
-        elif config.optim.schedule == "constant" and not config.optim.cooldown_samples:
-            extend = "raise config.total_samples"
-        _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
+        longer = saved_config.longer(config)
+        _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, longer)
         return
     tokenizer = pipeline.make_tokenizer(config, checkpoints.tokenizer())
     class_names: tuple[str, ...] = ()
@@ -134,10 +132,7 @@ def _run(
         if number:
             from flip_jax import stages
 
-            place = batches.get_state()  # the data go on where the last stage stopped
-            batches.close()
-            batches = _batches(stage, tokenizer)
-            batches.set_state(place)
+            batches = stages.follow(batches, _batches(stage, tokenizer))
             state = stages.enter(stage, program, state)
         flops = models.flops_per_sample(stage.config)
         _say_start(stage, mesh, program, flops)
@@ -211,11 +206,10 @@ def _compile(stage: Stage, mesh: Mesh, limit: int | None, recorded: Config | Non
     """Compiles a stage, with what fits for "auto" in its config."""
     before = time.perf_counter()
     config, program, peak = memory.choose(stage.config, mesh, limit, recorded, stage.first)
-    name = f"stage {stage.name} " if stage.name else ""
     parts = f"{config.microbatches} microbatches, " if config.microbatches != 1 else ""
     of = f" of {limit / 2**30:.2f}" if limit else ""
     say(
-        f"{name}compiled in {time.perf_counter() - before:.0f} s: remat {config.model.remat}, {parts}"
+        f"{stage.name}compiled in {time.perf_counter() - before:.0f} s: remat {config.model.remat}, {parts}"
         f"{peak / 2**30:.2f} GiB{of} per device"
     )
     return dataclasses.replace(stage, config=config), program
@@ -299,11 +293,10 @@ def _count_scalars(step: int, counts: dict[str, Any]) -> dict[str, int]:
 
 
 def _say_start(stage: Stage, mesh: Mesh, program: Program, flops: float) -> None:
-    name = f"stage {stage.name}: " if stage.name else ""
     params = sum(x.size for x in jax.tree.leaves(program.state.params))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(
-        f"{name}{params / 1e6:,.1f} M parameters, {flops / 1e9:,.1f} GFLOP per sample, "
+        f"{stage.name}{params / 1e6:,.1f} M parameters, {flops / 1e9:,.1f} GFLOP per sample, "
         f"{mesh.size} {jax.devices()[0].device_kind} ({axes}), {jax.process_count()} process(es), "
         f"{stage.last - stage.first:,} steps of {stage.config.global_batch_size:,} samples"
     )

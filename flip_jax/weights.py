@@ -13,11 +13,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flip_jax import config_check, manifest, models, saved_config, stored_arrays
-from flip_jax.checkpoint import absolute, differences, read_json
+from flip_jax.checkpoint import absolute
 from flip_jax.config import Config, ImageConfig, ModelConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import vit
 from flip_jax.runtime import UserError
+from flip_jax.saved_step import differences, read_json
 
 _log = logging.getLogger(__name__)
 

@@ -38,16 +38,26 @@ def test_speed_ups_of_the_means_and_of_each_seed():
 
 
 def test_runs_come_seed_by_seed_cheap_ones_first_and_finished_ones_never(monkeypatch):
-    monkeypatch.setattr(tradeoff, "LENGTHS", {"mask 0": (100, 200), "mask 0.75": (200, 600)})
+    monkeypatch.setattr(
+        tradeoff, "LENGTHS", {"mask 0": (100, 200), "mask 0.75": (200, 600), "mask 0.75, tuned": (600,)}
+    )
     done = [{"result": "mask 0", "samples": 100, "seed": 0}, {"result": "mask 0.75", "samples": 600, "seed": 1}]
     assert tradeoff.missing(done, 2) == [
         ("mask 0.75", 200, 0),
         ("mask 0.75", 600, 0),
         ("mask 0", 200, 0),
+        ("mask 0.75, tuned", 600, 0),  # after the run that it tunes
         ("mask 0.75", 200, 1),
         ("mask 0", 100, 1),
         ("mask 0", 200, 1),
+        ("mask 0.75, tuned", 600, 1),
     ]
+
+
+def test_a_tuned_run_costs_its_masked_part_and_the_tuning():
+    of_sample = {"mask 0": 8.0, "mask 0.75": 2.0}
+    assert tradeoff.cost("mask 0.75", 100, of_sample) == 200
+    assert tradeoff.cost("mask 0.75, tuned", 100, of_sample) == 200 + 8 * tradeoff.TUNING
 
 
 def test_pages_keep_what_was_written_by_hand(tmp_path):

@@ -102,7 +102,7 @@ def test_the_words_of_other_programs_lead_to_settings_that_exist():
 def test_numbers_of_samples_names_and_lists_as_people_write_them(load_recipe):
     for name in ("flip_l16", "flip_l16.py", "configs/flip_l16.py"):
         arguments = [f"--config={name}:warmup_samples=1e6", "--config.total_samples=12.8e9"]
-        config = config_check.read_recipe([*arguments, "--config.data.captions=title,text"])
+        config = config_check.read_recipe([*arguments, "--config.data.captions=title, text"])
         assert (config.warmup_samples, config.total_samples) == (1_000_000, 12_800_000_000)
         assert (config.model.image.width, config.data.captions) == (1024, ("title", "text"))
     assert config_check.run_name(*config_check.find_recipe("flip_l16:runlocal,seed=1")) == "flip_l16_runlocal"

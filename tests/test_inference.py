@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from flip_jax import checkpoint, config_check, inference, sharding
+from flip_jax import config_check, inference, saved_step, sharding
 from flip_jax.config import MeshConfig
 from flip_jax.inference import Encoder
 from flip_jax.masking import gather, patchify
@@ -107,6 +107,6 @@ def test_a_model_that_cannot_be_reached_is_one_line(monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(checkpoint, "newest", refuse)
+    monkeypatch.setattr(saved_step, "newest", refuse)
     with pytest.raises(UserError, match="gs://bucket/run cannot be read: .*Permission denied.*credentials"):
         inference.load("gs://bucket/run")

@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 from PIL import Image
 
-from flip_jax import checkpoint, manifest, sharding, weights
+from flip_jax import manifest, saved_step, sharding, weights
 from flip_jax.config import DecoderConfig, MeshConfig
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
@@ -35,7 +35,7 @@ def start(folder, settings, fsdp=1):
     """What a run of a model with these settings starts from."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp))
     abstract = nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))[1]
-    return weights.read_params(checkpoint.newest(folder), sharding.place(abstract, mesh), settings)
+    return weights.read_params(saved_step.newest(folder), sharding.place(abstract, mesh), settings)
 
 
 def test_the_decoder_is_left_out_and_all_else_kept(trained):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from flip_jax import checkpoint, config, damage, manifest
+from flip_jax import checkpoint, config, damage, manifest, saved_step
 from flip_jax.runtime import UserError
 from flip_jax.tools import check
 from flip_jax.train_step import TrainState
@@ -173,10 +173,10 @@ def test_a_strict_run_stops_at_a_damaged_step_and_changes_nothing(three):
 
 
 def test_a_damaged_step_is_not_read(three):
-    assert checkpoint.newest(three) == epath.Path(three / "checkpoints" / "15")
+    assert saved_step.newest(three) == epath.Path(three / "checkpoints" / "15")
     (three / "checkpoints" / "15" / "data" / "0.json").write_text("[]")
     with pytest.raises(UserError, match="15 is damaged: data/0.json has size and crc32c .*flip check WORKDIR"):
-        checkpoint.newest(three)
+        saved_step.newest(three)
 
 
 def test_the_command_tells_whole_from_damaged_steps(three, capsys):

@@ -21,7 +21,7 @@ from helpers import REPO, environment, final_params, leaves
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flip_jax import metrics, sharding, trackers, train, train_step
+from flip_jax import metrics, metrics_file, sharding, trackers, train, train_step
 from flip_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, MeshConfig
 from flip_jax.evaluators import snapshot
 from flip_jax.models.flip import FLIP
@@ -73,7 +73,7 @@ def settings(shards, **changes):
 
 def test_a_run_writes_scalars_histograms_and_masks(shards, tmp_path, wandb, capsys):
     train.train(settings(shards, log=LogConfig(every_steps=1, wandb="project")), tmp_path / "seen")
-    lines = metrics.read_metrics(epath.Path(tmp_path / "seen"))
+    lines = metrics_file.read(epath.Path(tmp_path / "seen"))
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     used, following = ([line[f"{name}learning_rate"] for line in lines if "loss" in line] for name in ("", "next_"))
     assert used[0] == 0 and used[1:] == following[:-1]
@@ -133,11 +133,11 @@ def test_lines_of_lost_steps_and_lines_cut_by_a_kill_are_dropped(tmp_path, monke
     path = epath.Path(tmp_path / "metrics.jsonl")
     write(tmp_path, 0, 1, 2)
     path.write_text(path.read_text()[: -5 if kept == 1 else -1])
-    assert [line["step"] for line in metrics.read_metrics(epath.Path(tmp_path))] == [1, 2][:kept]
+    assert [line["step"] for line in metrics_file.read(epath.Path(tmp_path))] == [1, 2][:kept]
     write(tmp_path, 2, 4, 8)
     write(tmp_path, 4, 5)
     lines = [{"step": step, "loss": 1 / step} for step in [1, 2][:kept] + [4, 5]]
-    assert metrics.read_metrics(epath.Path(tmp_path)) == lines
+    assert metrics_file.read(epath.Path(tmp_path)) == lines
     assert path.read_text() == "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -159,11 +159,11 @@ def test_damaged_lines_are_dropped_and_counted_and_the_file_is_replaced_in_one_g
     content = first + b"".join(line + b"\n" for line in DAMAGE) + second
     path.write_bytes(content)
     os.link(path, tmp_path / "before")
-    assert [line["step"] for line in metrics.read_metrics(epath.Path(tmp_path))] == [1, 2]
+    assert [line["step"] for line in metrics_file.read(epath.Path(tmp_path))] == [1, 2]
     capsys.readouterr()
     write(tmp_path, 2, 3)
     assert capsys.readouterr().out == f"{path}: dropped {len(DAMAGE)} damaged lines of {len(DAMAGE) + 2}\n"
-    assert [line["step"] for line in metrics.read_metrics(epath.Path(tmp_path))] == [1, 2, 3]
+    assert [line["step"] for line in metrics_file.read(epath.Path(tmp_path))] == [1, 2, 3]
     assert path.read_bytes().startswith(first + second)
     assert (tmp_path / "before").read_bytes() == content  # nothing was written into the old file
     assert sorted(os.listdir(tmp_path)) == ["before", "metrics.jsonl"]

@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFile
 from helpers import Bucket
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flip_jax import checkpoint, damage, manifest, metrics, trackers
+from flip_jax import checkpoint, damage, manifest, metrics, metrics_file, saved_step, trackers
 from flip_jax.config import Config
 
 
@@ -46,7 +46,7 @@ def test_metrics_are_added_without_appending_and_those_of_lost_steps_dropped(buc
         writer.close()
     assert not (bucket / "metrics.jsonl").exists()
     wanted = [{"step": 4, "loss": 0.0}, {"step": 8, "loss": 4.0}, {"step": 12, "loss": 4.0}]
-    assert metrics.read_metrics(bucket) == wanted
+    assert metrics_file.read(bucket) == wanted
 
 
 def test_the_bytes_sent_for_metrics_grow_linearly(bucket, sent, monkeypatch):
@@ -56,7 +56,7 @@ def test_the_bytes_sent_for_metrics_grow_linearly(bucket, sent, monkeypatch):
         for step in range(1000 * half, 1000 * half + 1000):
             writer.write(step, {f"metric_{i}": float(i) for i in range(30)})
         halves.append(sum(sent) - sum(halves))
-    lines = metrics.read_metrics(bucket)
+    lines = metrics_file.read(bucket)
     assert [line["step"] for line in lines] == list(range(2000))
     sizes = [path.stat().length for path in bucket.glob("metrics-*.jsonl")]
     line_bytes = sum(sizes) / 2000
@@ -86,11 +86,11 @@ def test_tensorboard_reads_the_events_of_an_object_store(bucket, sent, tmp_path)
 
 def test_a_step_that_is_there_but_not_complete_is_no_checkpoint(bucket):
     with pytest.raises(ValueError, match="gs://bucket/run holds no checkpoint"):
-        checkpoint.newest(bucket)
+        saved_step.newest(bucket)
     for step in (5, 10):
         (bucket / "checkpoints" / str(step) / "state").mkdir(parents=True)
     (bucket / "checkpoints" / "5" / "commit_success.txt").write_text("")
-    assert checkpoint.newest(bucket) == bucket / "checkpoints" / "5"
+    assert saved_step.newest(bucket) == bucket / "checkpoints" / "5"
 
 
 def test_a_step_ends_with_its_manifest_and_a_damaged_one_is_set_aside(bucket, sent, capsys):
@@ -113,8 +113,8 @@ def test_a_step_ends_with_its_manifest_and_a_damaged_one_is_set_aside(bucket, se
     assert manifest.complete(folder) == [5, 10] and damage.problems(folder / "10") == []
     (folder / "10" / "state" / "array").write_text("weighty")
     with pytest.raises(ValueError, match="gs://bucket/run/checkpoints/10 is damaged: state/array has size"):
-        checkpoint.newest(bucket)
+        saved_step.newest(bucket)
     damage.set_aside(folder, strict=False)
     assert "moved to damaged-10; the run resumes from step 5" in capsys.readouterr().out
-    assert checkpoint.newest(bucket) == folder / "5"
+    assert saved_step.newest(bucket) == folder / "5"
     assert (folder / "damaged-10" / "state" / "array").read_text() == "weighty"

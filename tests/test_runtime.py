@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from helpers import REPO, arguments, environment, samples, write_tar
 from terminal import on_a_terminal
@@ -36,6 +37,29 @@ def test_a_bug_keeps_its_trace(capsys, error):
     assert runtime.run(bug) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback") and "in bug" in said and "error: " not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "traced"),
+    [
+        ("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:51234\nmore", False),
+        ("DEADLINE_EXCEEDED: Barrier timed out", False),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes", True),
+    ],
+)
+def test_a_lost_process_is_said_without_a_trace(capsys, monkeypatch, text, traced):
+    from flip_jax import several
+
+    def step():
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(runtime, "_is_one_of_several", lambda: True)
+    monkeypatch.setattr(several.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(several, "leave", lambda code: None)
+    assert runtime.run(step) == 1
+    said = capsys.readouterr().err
+    assert f"error: process 0 cannot continue: {text.partition(chr(10))[0]}\n" in said
+    assert ("Traceback" in said) == traced and "Start all processes again" in said
 
 
 def test_a_full_disk_is_one_line(capsys):

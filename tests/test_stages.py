@@ -1,25 +1,20 @@
-"""Stages: settings and refusals, the state at a boundary, and runs that end with the same bits wherever killed."""
+"""Stages: their settings, what is refused, the state at a boundary, and what a resumed run may change."""
 
 import dataclasses
 import re
-import shutil
-import signal
-import subprocess
-import time
 
 import jax
 import numpy as np
 import optax
 import pytest
 from etils import epath
-from helpers import CACHE, CONFIG, REPO, arguments, environment, final_params, leaves, metrics, model_with, run_command
+from helpers import CONFIG, model_with
 
-from flip_jax import config_check, saved_config, sharding, stages, train, train_step
-from flip_jax.config import CheckpointConfig, DataConfig, MeshConfig
+from flip_jax import config_check, saved_config, sharding, stages, train_step
+from flip_jax.config import DataConfig, MeshConfig
 from flip_jax.data import pipeline, vocabulary
 from flip_jax.models import vit
 from flip_jax.runtime import UserError
-from flip_jax.tools import card
 
 # Four steps of 16 samples on small images, two of 24 on whole ones, and four of 8 with a fresh optimizer.
 STAGES = (
@@ -40,9 +35,9 @@ def test_stages_change_the_base_settings_and_follow_each_other():
     assert config.total_samples == 64 + 48 + 32
     first, second, third = plan = stages.plan(config)
     assert [(one.first, one.last, one.samples, one.name) for one in plan] == [
-        (0, 4, 0, "1/3"),
-        (4, 6, 64, "2/3"),
-        (6, 10, 112, "3/3"),
+        (0, 4, 0, "stage 1/3: "),
+        (4, 6, 64, "stage 2/3: "),
+        (6, 10, 112, "stage 3/3: "),
     ]
     assert [one.config.model.image.image_size for one in plan] == [16, 32, 32]  # not the size of the stage before
     assert [one.config.total_samples for one in plan] == [64, 48, 32]
@@ -268,151 +263,3 @@ def test_only_stages_that_have_not_begun_may_change(monkeypatch, tmp_path, capsy
     else:
         with pytest.raises(UserError, match=message):
             saved_config.check(folder, staged(new, warmup_samples=0))
-
-
-@pytest.fixture(scope="module")
-def compiled_once():
-    """The runs of these tests share few programs: what one compiles, the others load."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (CACHE.name, 0.2), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
-def run(shards, workdir, text=STAGES, **changes):
-    """Trains with fsdp 2 on eight devices, with learned positions, and saves every step."""
-    config = staged(
-        text,
-        data=DataConfig(train=f"webdataset:{shards}/*.tar", shuffle_window=50, workers=0, threads=1),
-        model=model_with(image_positions="learned", image_depth=1, text_depth=1, text_vocab_size=100, unroll=True),
-        mesh=MeshConfig(fsdp=2),
-        checkpoint=CheckpointConfig(every_steps=1, keep=99),
-        **changes,
-    )
-    train.train(config, workdir)
-
-
-def same(one, other, step):
-    for x, y in zip(leaves(final_params(one, step)), leaves(final_params(other, step)), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
-@pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory, compiled_once):
-    """A run of three stages that nothing disturbed, with all its steps."""
-    workdir = tmp_path_factory.mktemp("whole")
-    run(shards, workdir)
-    return workdir
-
-
-def test_a_staged_run_from_start_to_end(whole, shards, tmp_path, capsys):
-    lines = metrics(whole)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    samples = [16, 32, 48, 64, 88, 112, 120, 128, 136, 144]
-    assert [line["samples_seen"] for line in lines] == [line["data/used"] for line in lines] == samples
-
-    def cosine(share):
-        return 0.5 * (1 + np.cos(np.pi * share))
-
-    # Each stage by its own schedule: base rates are of 256 samples, and each begins with its warm-up.
-    peaks = (3.2e-3 * 16 / 256, 3.2e-3 * 24 / 256, 1e-3 * 8 / 256)
-    shares = ([0, 0.5, 1, cosine(1 / 2)], [1, 1], [0, 1, cosine(1 / 3), cosine(2 / 3)])
-    rates = [peak * share for peak, some in zip(peaks, shares, strict=True) for share in some]
-    np.testing.assert_allclose([line["learning_rate"] for line in lines], rates, rtol=1e-5)
-    # Step 7, the first of the last stage, has the rate 0 of a warm-up's first step: the optimizer counts with it.
-    at = {step: leaves(final_params(whole, step)) for step in (6, 7, 8)}
-    assert all(np.array_equal(x, y) for x, y in zip(at[6], at[7], strict=True))
-    assert not all(np.array_equal(x, y) for x, y in zip(at[7], at[8], strict=True))
-    assert final_params(whole, 4)["image"]["pos_embed"].shape == (1, 1 + 4, 32)
-    assert final_params(whole, 5)["image"]["pos_embed"].shape == (1, 1 + 16, 32)
-    assert (
-        card.from_model(whole)["samples_seen"] == 144
-        and card.from_model(whole / "checkpoints" / "5")["samples_seen"] == 88
-    )
-    run(shards, whole)
-    assert capsys.readouterr().out == ""  # it is done
-    with pytest.raises(UserError, match="stage 3 is missing now"):
-        run(shards, whole, STAGES.rpartition(";")[0])
-
-
-@pytest.mark.parametrize("killed_after", [3, 4, 5, 6])
-def test_resumed_anywhere_it_ends_with_the_same_bits(whole, shards, tmp_path, capsys, killed_after):
-    """Later steps are removed, as if the run had been killed before it saved them."""
-    workdir = tmp_path / "run"
-    shutil.copytree(whole, workdir)
-    for step in range(killed_after + 1, STEPS + 1):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
-    run(shards, workdir)
-    same(whole, workdir, STEPS)
-    losses, resumed = ({line["step"]: line["loss"] for line in metrics(path)} for path in (whole, workdir))
-    assert losses == resumed
-    said = capsys.readouterr().out
-    assert f"step 10/10  stage 3/3  samples 144  loss {losses[10]:.4f}" in said
-    assert ("stage 1/3 compiled" in said) == (killed_after < BOUNDARIES[0])
-
-
-def test_later_stages_change_after_a_boundary(whole, shards, tmp_path, capsys):
-    """A run that is at the end of its first stage gets another second one, and ends as if it had always had it."""
-    other = STAGES.partition(";")[0] + ";32:optim.state=fresh,warmup_samples=0"
-    run(shards, tmp_path / "other", other)
-    shutil.copytree(whole, tmp_path / "run")
-    for step in range(BOUNDARIES[0] + 1, STEPS + 1):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    run(shards, tmp_path / "run", other)
-    assert "config.stages: those after stage 1, which have not begun, changed from 48:" in capsys.readouterr().out
-    same(tmp_path / "other", tmp_path / "run", 6)
-
-
-def test_a_run_of_one_stage_is_one_without_stages(shards, tmp_path, compiled_once):
-    run(shards, tmp_path / "plain", "", total_samples=64)
-    run(shards, tmp_path / "staged", "64", total_samples=64)
-    same(tmp_path / "plain", tmp_path / "staged", 4)
-    plain, staged = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "staged"))
-    assert plain == staged
-    # And such a run goes on with a stage that is added to it.
-    run(shards, tmp_path / "plain", "64;32:model.image.mask_ratio=0,warmup_samples=0", total_samples=64)
-    assert metrics(tmp_path / "plain")[-1]["samples_seen"] == 96
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
-def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(shards, tmp_path, devices):
-    text = "192:model.image.image_size=16;160:model.image.mask_ratio=0;96:global_batch_size=16,optim.state=fresh"
-    settings = {"stages": text, "checkpoint.every_steps": 1, "log.every_steps": 1, "mesh.fsdp": min(devices, 2)}
-    settings |= {"warmup_samples": 32, "model.image.positions": "learned"}
-    env = environment(devices)
-
-    def command(name):
-        return [word for word in arguments(shards, tmp_path / name, **settings) if "total_samples" not in word]
-
-    run_command(command("whole"), devices=devices)
-    kills, runs = [], 0
-    random = np.random.default_rng()
-    while len(kills) < 20:
-        runs += 1
-        workdir, steps = tmp_path / f"run{runs}", 17
-        while len(kills) < 20:
-            process = subprocess.Popen(
-                command(workdir.name), cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            lines, started = count_lines(workdir), time.time()
-            while process.poll() is None and count_lines(workdir) == lines and time.time() - started < 300:
-                time.sleep(0.01)
-            time.sleep(random.uniform(0, 1))
-            if process.poll() is not None:  # it was done before
-                assert process.returncode == 0
-                break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills.append(max((line["step"] for line in metrics(workdir)), default=0) if lines else 0)
-        run_command(command(workdir.name), devices=devices)
-        same(tmp_path / "whole", workdir, steps)
-    print(f"killed after steps {kills} of {runs} runs")
-
-
-def count_lines(workdir):
-    path = workdir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0

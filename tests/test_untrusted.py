@@ -16,7 +16,7 @@ from etils import epath
 from helpers import CONFIG, command, make_encoder, records, save
 
 import flip_jax
-from flip_jax import checkpoint, config_check, manifest, runtime, saved_config, stored_arrays, untrusted
+from flip_jax import config_check, manifest, runtime, saved_config, saved_step, stored_arrays, untrusted
 from flip_jax.data import vocabulary
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.evaluators import class_file
@@ -186,12 +186,12 @@ def test_weights_far_larger_than_their_files_are_refused(tmp_path):
 def test_a_step_with_a_pipe_or_huge_settings_is_refused(step, monkeypatch):
     monkeypatch.setattr(untrusted, "MAX_SETTINGS", 1000)
     with pytest.raises(UserError, match=r"manifest.json has .* bytes, at most 1,000 are read"):
-        checkpoint.newest(str(step))
+        saved_step.newest(str(step))
     monkeypatch.undo()
     os.mkfifo(step / "config" / "pipe")
     try:
         with pytest.raises(UserError, match="pipe is not a regular file: the checkpoint is damaged"):
-            checkpoint.newest(str(step))
+            saved_step.newest(str(step))
     finally:
         (step / "config" / "pipe").unlink()
 

@@ -120,8 +120,8 @@ def analyse_run(config: Config, topology: str) -> dict[str, Any]:
     if not config.stages:
         return analyse(config, topology)
     results = []
-    for stage in train.plan(config):
-        identity = {"stage": stage.name, "image_size": stage.config.model.image.image_size}
+    for number, stage in enumerate(stages := train.plan(config), 1):
+        identity = {"stage": f"{number}/{len(stages)}", "image_size": stage.config.model.image.image_size}
         results.append(identity | analyse(stage.config, topology))
     tightest = max(results, key=lambda result: result["memory"]["peak"])
     return {"stages": results, "tightest": tightest["stage"], "fits": all(result["fits"] for result in results)}

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 from huggingface_hub import EvalResult, ModelCardData
 
-from flip_jax import checkpoint, config_check, metrics, models, saved_config, stages, untrusted
+from flip_jax import config_check, metrics_file, models, saved_config, saved_step, stages, untrusted
 from flip_jax.config import Config
 from flip_jax.data.clip_tokenizer import ClipTokenizer
 from flip_jax.data.tokenizer import Tokenizer
@@ -81,8 +81,8 @@ def from_model(path: str | os.PathLike) -> Card:
     folder = epath.Path(path)
     if (folder / JSON).exists() and not (folder / "checkpoints").is_dir():
         return _earlier(folder / JSON)
-    step = checkpoint.newest(path)
-    config, tokenizer = saved_config.read(step), checkpoint.read_tokenizer(step)
+    step = saved_step.newest(path)
+    config, tokenizer = saved_config.read(step), saved_step.tokenizer(step)
     if step.parent.name != "checkpoints":
         return describe(config, tokenizer, "weights of unknown training")
     card, run = describe(config, tokenizer, "trained with flip_jax"), step.parent.parent
@@ -91,7 +91,7 @@ def from_model(path: str | os.PathLike) -> Card:
         if earlier["step"] == int(step.name):  # the same step: keep the evaluation and license that were added
             return earlier
         card["license"] = earlier["license"]
-    lines = [line for line in metrics.read_metrics(run) if line["step"] <= int(step.name)]
+    lines = [line for line in metrics_file.read(run) if line["step"] <= int(step.name)]
     records = next((line for line in reversed(lines) if "data/read" in line), {})
     results = next((line for line in reversed(lines) if "loss" not in line), None)
     card |= {

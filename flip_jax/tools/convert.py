@@ -16,7 +16,7 @@ import pathlib
 
 import jax
 
-from flip_jax import checkpoint, config_check, lock, runtime, saved_config, weights
+from flip_jax import config_check, lock, runtime, saved_config, saved_step, weights
 from flip_jax.config import Config, DataConfig
 from flip_jax.data import vocabulary
 from flip_jax.data.tokenizer import Tokenizer
@@ -55,8 +55,8 @@ def _write(out, params, tokenizer, config):
 
 def to_open_clip(path: str, out: str) -> None:
     """Write the newest step of a run, or one step, as open_clip loads it."""
-    step = checkpoint.newest(path)
-    config, tokenizer = saved_config.read(step), checkpoint.read_tokenizer(step)
+    step = saved_step.newest(path)
+    config, tokenizer = saved_config.read(step), saved_step.tokenizer(step)
     if config.finetune.classes:
         raise UserError(
             f"{path} is a classifier (config.finetune.classes), but open_clip holds only models with two towers"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from matplotlib.figure import Figure
 
-from flip_jax import checkpoint, config_check, evaluators, inference, runtime, saved_config, sharding
+from flip_jax import config_check, evaluators, inference, runtime, saved_config, saved_step, sharding
 from flip_jax.config import Config
 from flip_jax.evaluators import datasets, known
 from flip_jax.runtime import UserError
@@ -191,7 +191,7 @@ def _report(arguments, config, results, images, errors):
     if results:
         print(f"\n{table(results, images)}\n")
     report = {
-        "model": str(checkpoint.newest(arguments.model)),
+        "model": str(saved_step.newest(arguments.model)),
         "results": results,
         "means": evaluators.means(results),
         "images": images,

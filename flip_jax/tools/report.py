@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from flip_jax import checkpoint, evaluators, lock, metrics, stages
+from flip_jax import evaluators, lock, metrics_file, saved_step, stages
 from flip_jax.config import Config
 from flip_jax.evaluators import datasets, zeroshot
 from flip_jax.inference import Encoder, load
@@ -62,7 +62,7 @@ def report(folder: pathlib.Path, queries: Sequence[str]) -> None:
     Raises:
       UserError: there are no metrics or no complete checkpoint, or the evaluation's data are missing.
     """
-    lines = metrics.read_metrics(epath.Path(folder))
+    lines = metrics_file.read(epath.Path(folder))
     if not lines:
         raise UserError(f"{folder} has no metrics.jsonl with the metrics of a run: --model must be the folder of a run")
     encoder = load(folder)
@@ -90,8 +90,8 @@ def report(folder: pathlib.Path, queries: Sequence[str]) -> None:
 def local(workdir: str, recipe: Config) -> None:
     """Draw the report of a `:runlocal` run, and say how long its whole recipe would take on this machine."""
     report(pathlib.Path(workdir), [])
-    lines = metrics.read_metrics(epath.Path(workdir))
-    here, whole = stages.plan(stages.written(checkpoint.newest(workdir))), stages.plan(recipe)
+    lines = metrics_file.read(epath.Path(workdir))
+    here, whole = stages.plan(stages.written(saved_step.newest(workdir))), stages.plan(recipe)
     rates = [
         statistics.median(
             line["images_per_second"] for line in lines if len(here) == 1 or stages.place(here, line["step"]) == i

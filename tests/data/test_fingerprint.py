@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from helpers import CONFIG, png, samples, write_tar
 
-from flip_jax import checkpoint, saved_config, weights
+from flip_jax import checkpoint, saved_config, saved_step, weights
 from flip_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TextConfig
 from flip_jax.data import fingerprint, pipeline, vocabulary
 from flip_jax.runtime import UserError
@@ -150,4 +150,4 @@ def test_a_workdir_with_other_characters_is_read_back(tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     folder = f"{tmp_path}/link/{name}"
     weights.write(folder, {"a": jnp.arange(3.0)}, TOKENIZER, dataclasses.replace(CONFIG, seed=9))
-    assert saved_config.read(checkpoint.newest(folder)).seed == 9
+    assert saved_config.read(saved_step.newest(folder)).seed == 9
