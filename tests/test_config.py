@@ -37,7 +37,9 @@ def test_arguments_of_a_recipe(load_recipe):
     assert (config.model.image.mask_ratio, config.seed, config.model.dtype) == (0.75, 7, "float32")
     both = load_recipe("flip_l16", "unmasked,seed=7,model.image.mask_ratio=0.25")
     assert (both.model.image.mask_ratio, both.seed, both.total_samples) == (0.25, 7, 128_000_000)
-    with pytest.raises(UserError, match=r"'seed' must be a variant \(unmasked, laion2b, runlocal\) or key=value"):
+    with pytest.raises(
+        UserError, match=r"'seed' must be a variant \(unmasked, tuned, laion2b, runlocal\) or key=value"
+    ):
         load_recipe("flip_l16", "seed")
     with pytest.raises(UserError, match=r"'unmasked' must be a variant \(runlocal\) or key=value"):
         load_recipe("flip_emoji", "unmasked")
@@ -100,7 +102,7 @@ def test_the_words_of_other_programs_lead_to_settings_that_exist():
 def test_numbers_of_samples_names_and_lists_as_people_write_them(load_recipe):
     for name in ("flip_l16", "flip_l16.py", "configs/flip_l16.py"):
         arguments = [f"--config={name}:warmup_samples=1e6", "--config.total_samples=12.8e9"]
-        config = config_check.read_recipe([*arguments, "--config.data.captions=title,text"])
+        config = config_check.read_recipe([*arguments, "--config.data.captions=title, text"])
         assert (config.warmup_samples, config.total_samples) == (1_000_000, 12_800_000_000)
         assert (config.model.image.width, config.data.captions) == (1024, ("title", "text"))
     assert config_check.run_name(*config_check.find_recipe("flip_l16:runlocal,seed=1")) == "flip_l16_runlocal"

@@ -1,9 +1,8 @@
-"""The parts of `transforms` that few images need: large or hostile ones, more than 8 bits, and the official resize."""
+"""The parts of `transforms` for images that are not plain JPEGs, for large or hostile ones, and the official resize."""
 
 import io
 import math
 import re
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -11,8 +10,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from flip_jax.config import DataConfig
 from flip_jax.data import transforms
-from flip_jax.data.transforms import BAND, MAX_SCANS, BadImage
+from flip_jax.data.transforms import MAX_SCANS, BadImage, run_decoder
 
+BAND = 2**22  # pixels, converted at once
 MAX_PARTS = 2**18  # segments of a JPEG; strips or tiles of a TIFF
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _LISTS = (273, 279, 324, 325)  # TIFF's tags with an entry for each strip or tile
@@ -82,14 +82,33 @@ def _check_tiff(data, max_pixels):
         raise BadImage("too many pixels")
 
 
-def in_bands(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Converts a few rows at a time to RGB, so that no copies of a whole large image are held."""
+def rgb(image: Image.Image) -> np.ndarray:
+    """Converts a loaded image of any mode to RGB [height, width, 3], transparency on white.
+
+    A large one is converted a few rows at a time, so that no copies of all of it are held.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_eight_bits(image))
     (width, height), rows = image.size, max(1, BAND // image.width)
+    if height <= rows:
+        return np.asarray(_to_rgb(image))
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        pixels[top:bottom] = np.asarray(to_rgb(image.crop((0, top, width, bottom))))
+        pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom))))
     return pixels
+
+
+def _to_rgb(image):
+    """Converts an image of 8 bits."""
+    if image.mode == "La":  # grey multiplied by its alpha, which only converts to LA
+        image = run_decoder(image.convert, "LA")
+    if "transparency" not in image.info and image.mode not in ("RGBA", "RGBa", "LA", "PA"):
+        return image if image.mode == "RGB" else run_decoder(image.convert, "RGB")
+    image = run_decoder(image.convert, "RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, (0, 0), image)
+    return white
 
 
 def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarray:
@@ -106,7 +125,7 @@ def eval_image(image: Image.Image, size: int, settings: DataConfig) -> np.ndarra
     return transforms.resize(pixels, window, size, settings, train=False)
 
 
-def eight_bits(image: Image.Image) -> np.ndarray:
+def _eight_bits(image):
     """Scales grey values of more than 8 bits to uint8; BadImage where their range is unknown or unused."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "F":

@@ -27,7 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # recogn
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 MAX_SCANS, SCAN = 32, b"\xff\xda"  # of a progressive JPEG, each as much work as an image; libjpeg writes 10
 SMALL = 2**20  # bytes, which cost little whatever they are
-LARGE, BAND = 2**24, 2**22  # pixels: decoded one image at a time; converted at once
+LARGE = 2**24  # pixels; such images are decoded one at a time
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are counted here
 _large, _small = threading.Lock(), contextlib.nullcontext()
 
@@ -101,7 +101,7 @@ def open_image(data: bytes, settings: DataConfig) -> Image.Image:
         from flip_jax.data import rare_images
 
         file = rare_images.bounded(data, settings.max_image_pixels)
-    image = _run_decoder(Image.open, file, formats=FORMATS)
+    image = run_decoder(Image.open, file, formats=FORMATS)
     if image.width * image.height > settings.max_image_pixels:
         raise BadImage("too many pixels")
     if image.format in ("JPEG", "MPO"):
@@ -114,7 +114,7 @@ def open_image(data: bytes, settings: DataConfig) -> Image.Image:
     return image
 
 
-def _run_decoder(call: Callable[..., Any], *arguments, **keywords):
+def run_decoder(call: Callable[..., Any], *arguments, **keywords):
     """Calls a decoder on data that may be damaged: decoders raise almost any exception, which all become BadImage.
 
     Only the library's call is inside the `try`, so that an error in this file is never counted as a bad image.
@@ -150,43 +150,28 @@ def _pixels(image, data, scale, fast):
     `fast` is the official code's transform, within one grey level of the exact one, which Pillow also uses.
     """
     if image.format not in ("JPEG", "MPO"):
-        return _rgb_pixels(image), 1
+        return _rgb(image), 1
     if image.mode != "CMYK":
         width, height = (math.ceil(n / scale) for n in image.size)
         try:
             return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, fastdct=fast), scale
         except ValueError:
             pass  # libjpeg refuses even harmless damage; Pillow tolerates it
-    _run_decoder(image.draft, None, (image.width // scale, image.height // scale))
-    return _rgb_pixels(image), scale
+    run_decoder(image.draft, None, (image.width // scale, image.height // scale))
+    return _rgb(image), scale
 
 
-def _rgb_pixels(image):
-    """Decodes any mode to RGB [height, width, 3]; a large image in bands, so that few copies of it are held."""
+def _rgb(image):
+    """Decodes any mode to RGB [height, width, 3]."""
     from flip_jax.data import rare_images
 
-    _run_decoder(image.load)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(rare_images.eight_bits(image))
-    small = image.width * image.height <= BAND
-    return np.asarray(_to_rgb(image)) if small else rare_images.in_bands(image, _to_rgb)
-
-
-def _to_rgb(image):
-    """Converts an image of 8 bits to RGB, transparency on white."""
-    if image.mode == "La":  # grey multiplied by its alpha, which only converts to LA
-        image = _run_decoder(image.convert, "LA")
-    if "transparency" not in image.info and image.mode not in ("RGBA", "RGBa", "LA", "PA"):
-        return image if image.mode == "RGB" else _run_decoder(image.convert, "RGB")
-    image = _run_decoder(image.convert, "RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, (0, 0), image)
-    return white
+    run_decoder(image.load)
+    return rare_images.rgb(image)
 
 
 def upright_rgb(image: Image.Image) -> np.ndarray:
     """Converts a whole image to uint8 RGB [height, width, 3], on white and turned as EXIF says."""
-    return _upright(_rgb_pixels(image), _orientation(image))
+    return _upright(_rgb(image), _orientation(image))
 
 
 def _upright(pixels, orientation):

@@ -39,10 +39,10 @@ def tasks(config: Config) -> list[str]:
     for entry in config.eval.tasks:
         begun, *parts = entry.split(",")
         for part in parts:  # the pattern of a source may have commas of its own, so a task starts at an evaluator
-            name, slash, _ = part.partition("/")
+            name, slash, _ = part.strip().partition("/")
             if slash and difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0.75):  # mistyped ones, too
                 found.append(begun)
-                begun = part
+                begun = part.strip()
             else:
                 begun += f",{part}"
         found.append(begun)

@@ -97,7 +97,6 @@ def test_an_opened_file_gives_the_pixels_of_its_bytes(resize, name, data):
 @pytest.mark.parametrize("name, data", list(files()), ids=lambda value: value if isinstance(value, str) else "")
 def test_large_images_are_converted_in_bands_to_the_same_pixels(monkeypatch, name, data):
     whole = transforms.decode(data, 32, DATA)
-    monkeypatch.setattr(transforms, "BAND", 7 * 91)
     monkeypatch.setattr(rare_images, "BAND", 7 * 91)
     monkeypatch.setattr(transforms, "LARGE", 1)
     np.testing.assert_array_equal(transforms.decode(data, 32, DATA), whole)

@@ -376,7 +376,7 @@ def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch, name, error):
 
     data = encode(photo(10, 10).convert("P"))
     transforms.decode(data, 8, DATA)
-    owner = Image if name == "open" else transforms._run_decoder(Image.open, io.BytesIO(data)).__class__
+    owner = Image if name == "open" else transforms.run_decoder(Image.open, io.BytesIO(data)).__class__
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(transforms.BadImage, match="^image does not decode$"):
         transforms.decode(data, 8, DATA)

@@ -211,7 +211,7 @@ def test_unknown_names_are_told_from_missing_data(tmp_path, task, unknown):
 
 
 def test_a_mistyped_later_task_is_named_by_itself():
-    entry = "zeroshot/webdataset:/a/{0,1}.tar,zeroshoot/emoji,retrieval/coco"
+    entry = "zeroshot/webdataset:/a/{0,1}.tar, zeroshoot/emoji,retrieval/coco"
     config = Config(eval=EvalConfig(tasks=(entry,)))
     assert evaluators.tasks(config) == ["zeroshot/webdataset:/a/{0,1}.tar", "zeroshoot/emoji", "retrieval/coco"]
     with pytest.raises(UserError, match="^'zeroshoot/emoji' must be EVALUATOR/DATASET"):

@@ -95,7 +95,7 @@ def test_a_run_starts_from_a_portable_folder(run, out):
     _, encoder = run
     step = saved_step.newest(str(out))
     weights.check_start(encoder.config, step)
-    assert weights.with_tower_of(encoder.config, step).model.image == MODEL.image
+    assert weights.with_model_of(encoder.config, step).model.image == MODEL.image
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), encoder.params)
     same(weights.read_params(step, abstract, MODEL), encoder.params)
 
