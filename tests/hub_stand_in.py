@@ -109,10 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
                 200, {"id": name, "sha": commit, "siblings": siblings, "private": False, "tags": []}, head=head
             )
         elif action == "tree":
-            inside = [file for file in files if file.startswith(f"{rest}/" if rest else "")]
-            if rest and not inside:
+            inside = f"{rest}/" if rest else ""
+            found = [file for file in files if file.startswith(inside)]
+            if rest and not found:
                 return self._refuse(404, "EntryNotFound", head)
-            self._answer(200, [_entry(file, files[file]) for file in inside], head=head)
+            if "recursive=true" not in self.path.lower():  # files and folders at this level
+                found = sorted({inside + file.removeprefix(inside).partition("/")[0] for file in found})
+            self._answer(200, [_entry(file, files.get(file)) for file in found], head=head)
 
     def _file(self, key, revision, file, head):
         if not (found := self._found(key, revision, head)):
@@ -163,10 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if asked
                 else [unquote(x.partition(b"=")[2].decode()) for x in body.split(b"&") if x.startswith(b"paths")]
             )
-            entries = [_entry(file, files[file]) for file in wanted if file in files]
-            folders = [f for f in wanted if f not in files and any(name.startswith(f"{f}/") for name in files)]
-            entries += [{"type": "directory", "path": folder, "oid": _digest(folder.encode())} for folder in folders]
-            return self._answer(200, entries)
+            known = [f for f in wanted if f in files or any(file.startswith(f"{f}/") for file in files)]
+            return self._answer(200, [_entry(file, files.get(file)) for file in known])
         if action == "preupload":
             sent = json.loads(body)["files"]
             modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in sent]
@@ -181,4 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(file, data):
+    """A file, or a folder where there are no data."""
+    if data is None:
+        return {"type": "directory", "path": file, "oid": _digest(file.encode())}
     return {"type": "file", "path": file, "size": len(data), "oid": _digest(data)}

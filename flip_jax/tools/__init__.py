@@ -8,7 +8,7 @@ COMMANDS: dict[str, str] = {
     "aot": "compile a recipe's training step for hardware you do not have: memory, collectives, bounds",
     "card": "write a model card: README.md for the Hugging Face hub and card.json",
     "check": "check that a run's checkpoints are whole",
-    "convert": "convert models from and to the hub, transformers and open_clip, and from the official code",
+    "convert": "convert models from and to the hub, transformers, open_clip and ONNX, and from the official code",
     "demo": "serve a web page to try a model on your own images",
     "embed": "write the embeddings of a data set's images or captions to Parquet files",
     "evaluate": "run zero-shot, retrieval, linear-probe and other evaluations",

@@ -259,6 +259,8 @@ def _snippet(card):
             'model = AutoModel.from_pretrained("FOLDER")\n'
             'processor = AutoProcessor.from_pretrained("FOLDER")'
         )
+    if card["library"] == "onnx":
+        return 'import onnxruntime\n\nimage = onnxruntime.InferenceSession("FOLDER/image.onnx")'
     return 'import flip_jax\n\nmodel = flip_jax.load("FOLDER")'
 
 

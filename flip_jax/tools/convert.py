@@ -1,6 +1,6 @@
 """Convert models: those of other libraries and of the hub to a portable folder, and ours to where they are served.
 
-flip convert export RUN OUT [--format=transformers|open_clip] [--dtype=bfloat16]
+flip convert export RUN OUT [--format=transformers|open_clip|onnx] [--dtype=bfloat16]
 flip convert import FROM OUT
 
 RUN is a run, one of its steps, a portable folder or hf://ORG/NAME[@REVISION]. FROM is a folder or hf://ORG/NAME of
@@ -32,7 +32,7 @@ from flip_jax.tools import card
 from flip_jax.tools.compat import official
 
 EXAMPLE = "flip convert export runs/b16 exported"
-FORMATS = ("flip_jax", "open_clip", "transformers")
+FORMATS = ("flip_jax", "open_clip", "transformers", "onnx")
 # Names of earlier versions.
 EARLIER = {"official": "import", "open-clip-import": "import", "open-clip-export": "export"}
 
@@ -138,6 +138,10 @@ def _export_elsewhere(folder: pathlib.Path, model: Model, kind: str) -> list[str
     params = {name: part for name, part in model.params.items() if name != "decoder"}
     if kind == "open_clip":
         return open_clip.export_model(folder, config, params, model.tokenizer)
+    if kind == "onnx":
+        from flip_jax.formats import onnx_towers  # needs an extra
+
+        return onnx_towers.export_model(folder, config, params, model.tokenizer)
     return transformers_models.export_model(folder, config, params, model.tokenizer)
 
 
