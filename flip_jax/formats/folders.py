@@ -11,7 +11,16 @@ from etils import epath
 
 from flip_jax import config_check
 from flip_jax.config import Config, ModelConfig
-from flip_jax.formats import open_clip, portable, tensors, tokenizer_files, transformers_models, transformers_settings
+from flip_jax.formats import (
+    names,
+    open_clip,
+    portable,
+    tensors,
+    timm,
+    tokenizer_files,
+    transformers_models,
+    transformers_settings,
+)
 from flip_jax.runtime import UserError
 
 CONFIG = "config.json"
@@ -30,10 +39,13 @@ def find(path: str | os.PathLike) -> epath.Path:
         folder = hub.fetch(text)
     else:
         folder = pathlib.Path(text).expanduser().absolute()
+        if folder.is_file() and folder.suffix == ".safetensors":
+            timm.config(folder)  # refuses what is none
+            return epath.Path(folder)
     if not _is_one(folder):
         raise UserError(
             f"{text} holds no checkpoint: expected a workdir with checkpoints/STEP, such a STEP folder, a folder with "
-            f"{CONFIG} and {tensors.WEIGHTS}, or hf://ORG/NAME"
+            f"{CONFIG} and {tensors.WEIGHTS}, hf://ORG/NAME, or, to start a run, a safetensors file of timm"
         )
     _kind(folder)
     return epath.Path(folder)
@@ -58,6 +70,8 @@ def _kind(folder: pathlib.Path) -> tuple[str, Mapping[str, Any]]:
 def read_json(step: epath.Path, item: str) -> Any:
     """Returns what a step's folder holds under the name `item`: config, tokenizer or class_names."""
     folder = pathlib.Path(step)
+    if folder.is_file():
+        return {"config": config_check.flatten(timm.config(folder)), "tokenizer": {}}.get(item)
     if not _is_one(folder):
         raise UserError(f"{step} has no {item}: the checkpoint is damaged; use another step")
     kind, content = _kind(folder)
@@ -84,10 +98,10 @@ def _model(folder: pathlib.Path, kind: str, content: Mapping[str, Any]) -> Model
 def shapes(step: epath.Path) -> Any:
     """Returns the shapes of a folder's weights, as a tree by our names."""
     folder = pathlib.Path(step)
+    if folder.is_file():
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), timm.params(folder))
     kind, content = _kind(folder)
     if kind != portable.KIND:
-        from flip_jax.formats import names
-
         return names.abstract_params(_model(folder, kind, content))
     tree: dict[str, Any] = {}
     for name, shape in tensors.Tensors(tensors.find(folder)).shapes().items():
@@ -99,18 +113,24 @@ def shapes(step: epath.Path) -> Any:
     return tree
 
 
+def _params_of_others(folder: pathlib.Path) -> dict[str, Any]:
+    """Reads all weights of another library's model by our names."""
+    if folder.is_file():
+        return timm.params(folder)
+    kind, content = _kind(folder)
+    model = _model(folder, kind, content)
+    if kind == "open_clip":
+        return open_clip.read_params(model, folder / open_clip.WEIGHTS, folder / open_clip.SETTINGS)
+    return transformers_models.read_params(model, folder)
+
+
 def read_params(step: epath.Path, wanted: Any) -> Any:
     """Reads the weights of a folder, laid out as the abstract tree `wanted` says; each process reads its part."""
     folder = pathlib.Path(step)
-    kind, content = _kind(folder)
-    file = tensors.Tensors(tensors.find(folder)) if kind == portable.KIND else None
-    if not file:
-        model = _model(folder, kind, content)
-        if kind == "open_clip":
-            params = open_clip.read_params(model, folder / open_clip.WEIGHTS, folder / open_clip.SETTINGS)
-        else:
-            params = transformers_models.read_params(model, folder)
-        arrays = {name: jax.device_get(value) for name, value in portable.flat(params).items()}
+    ours = folder.is_dir() and _kind(folder)[0] == portable.KIND
+    file = tensors.Tensors(tensors.find(folder)) if ours else None
+    params = {} if ours else portable.flat(_params_of_others(folder))
+    arrays = {name: jax.device_get(value) for name, value in params.items()}
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
