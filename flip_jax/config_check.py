@@ -224,15 +224,10 @@ def check(config: Config) -> None:
         )
     if image.positions == "sincos" and image.width % 4:
         raise UserError(f"config.model.image.width must divide by 4 for sin-cos positions, got {image.width}")
-    if config.model.projection == "text" and image.width != config.model.embed_dim:
-        raise UserError(
-            f"config.model.projection 'text' leaves images as wide as their tower: set config.model.embed_dim to "
-            f"{image.width}, got {config.model.embed_dim}"
-        )
-    if config.model.decoder.weight and image.pool == "map":
-        raise UserError(
-            "config.model.decoder needs the cls token that config.model.image.pool 'map' does without: use another"
-        )
+    if image.pool == "map" or config.model.projection == "text":
+        from flip_jax.models import map_head  # few models need it
+
+        map_head.check(config.model)
     if config.model.decoder.weight and (image.mask_ratio == 0 or image.mask == "resize"):
         raise UserError(
             "config.model.decoder reconstructs removed patches, but none is removed by config.model.image.mask "

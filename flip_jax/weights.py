@@ -193,7 +193,7 @@ def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarr
     grid = config.image_size // config.patch_size
     if config.positions == "learned":
         return np.asarray(vit.resize_positions(value, grid))
-    return vit.fixed_positions(config)  # rebuilt, as the official code does
+    return vit.sincos_2d(grid, config.width)[:, int(config.pool == "map") :]  # rebuilt, as the official code does
 
 
 def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from flax import nnx
 
 import flip_jax.models.transformer as transformer
 from flip_jax.config import ModelConfig
+from flip_jax.runtime import UserError
 
 
 class MapHead(nnx.Module):
@@ -34,3 +35,16 @@ class MapHead(nnx.Module):
         x = self.out(jax.nn.dot_product_attention(query, key, value).reshape(probe.shape))
         x = x + self.mlp2(transformer.ACTIVATIONS[self.activation](self.mlp1(self.norm(x))))
         return x[:, 0].astype(jnp.float32)
+
+
+def check(model: ModelConfig) -> None:
+    """Raises UserError for settings that SigLIP's parts do not go with."""
+    if model.projection == "text" and model.image.width != model.embed_dim:
+        raise UserError(
+            "config.model.projection 'text' leaves images as wide as their tower: set config.model.embed_dim to "
+            f"{model.image.width}, got {model.embed_dim}"
+        )
+    if model.decoder.weight and model.image.pool == "map":
+        raise UserError(
+            "config.model.decoder needs the cls token that config.model.image.pool 'map' does without: use another pool"
+        )

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 import flip_jax.models.transformer as transformer
-from flip_jax.config import ImageConfig, ModelConfig
+from flip_jax.config import ModelConfig
 
 # Mean and standard deviation of the channels, as shares of the brightest value.
 PIXEL_STATS = {
@@ -30,11 +30,6 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
     by_column, by_row = np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)
     table = np.concatenate([by_column, by_row], axis=1)
     return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
-
-
-def fixed_positions(config: ImageConfig) -> np.ndarray:
-    """Computes the table of `sincos_2d` for a tower, which has a row for cls only if it has a cls."""
-    return sincos_2d(config.image_size // config.patch_size, config.width)[:, int(config.pool == "map") :]
 
 
 def resize_positions(table_1xTxD: jax.Array, grid: int) -> jax.Array:
@@ -68,7 +63,8 @@ class VisionTransformer(nnx.Module):
         cls = normal(rngs.params(), (1, 1, width), jnp.float32) if has_cls else None
         self.cls = nnx.Param(cls, axes=(None, None, "norm")) if has_cls else None
         learned = tower.positions == "learned"
-        table = normal(rngs.params(), (1, has_cls + grid**2, width)) if learned else jnp.asarray(fixed_positions(tower))
+        shape = (1, has_cls + grid**2, width)
+        table = normal(rngs.params(), shape) if learned else jnp.asarray(sincos_2d(grid, width)[:, -shape[1] :])
         self.pos_embed = nnx.Param(table, axes=(None, None, "norm"))
         self.pre_norm = transformer.layer_norm(width, config, rngs) if tower.pre_norm else None
         self.transformer = transformer.Transformer(tower, config, rngs)
