@@ -131,7 +131,7 @@ class DataConfig:
     `train` is one source or several, "WEIGHT*SOURCE;WEIGHT*SOURCE"; weights are shares of records. A source is
     KIND:PATTERN, with brace ranges and globs, of kind webdataset, tfrecord, parquet or csv, or "tfds:NAME/SPLIT";
     `tfds_dir` is where TFDS keeps its data (default: TFDS's own). `vocab` is a vocabulary file, of WordPiece or CLIP's
-    byte pairs; empty: a WordPiece is trained on the captions.
+    byte pairs, or a tokenizer.json; empty: a WordPiece is trained on the captions.
     """
 
     train: str = ""
@@ -225,7 +225,7 @@ class Config:
     warmup_samples: int = 51_200_000
     # Parts of the batch that are encoded one after the other; the loss compares the full batch. "auto": as few as fit.
     microbatches: int | str = 1
-    init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
+    init_from: str = ""  # a run, a step, a portable folder, hf://ORG/NAME or timm's file: weights to start from
     init_model: bool = False  # take the architecture of `init_from`, too, in place of that in `model`
     profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
     # "SAMPLES:KEY=VALUE,KEY=VALUE;SAMPLES:...": one stage after the other, each with changes to the other settings

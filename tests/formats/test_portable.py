@@ -1,18 +1,21 @@
 """The portable folder: written by `flip convert`, read by `flip_jax.load`, refused where it is damaged."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tokenizers
 import yaml
+from etils import epath
 from helpers import MODEL, make_encoder, save
 from safetensors.numpy import load_file, save_file
 
 import flip_jax
-from flip_jax import saved_step, weights
+from flip_jax import manifest, saved_step, weights
 from flip_jax.formats import portable, tensors, tokenizer_files
 from flip_jax.runtime import UserError
 from flip_jax.tools import __main__ as flip
@@ -197,3 +200,17 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
 def test_a_folder_without_a_tokenizer_says_how_to_get_one(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer.json: write one.*--vocab"):
         tokenizer_files.read(tmp_path, MODEL.text)
+
+
+def test_the_average_of_the_weights_is_exported_where_there_is_one(run, tmp_path):
+    _, encoder = run
+    step = tmp_path / "run" / "checkpoints" / "1"
+    save(encoder, step)
+    average = jax.tree.map(lambda x: 2 * x, encoder.params)
+    shutil.rmtree(step / "state")
+    (step / "manifest.json").unlink()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(step / "state", {"params": encoder.params, "ema": average})
+    manifest.write(epath.Path(step))
+    assert flip.main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    same(flip_jax.load(tmp_path / "out").params, average)
