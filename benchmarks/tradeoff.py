@@ -237,7 +237,7 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
         ticks = [seconds for seconds in TICKS if low <= seconds <= high * 1.5]
         axes.set_xticks(ticks, [f"{t} s" if t < 60 else f"{t // 60} min" for t in ticks])
         axes.set_xlim(low, high)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

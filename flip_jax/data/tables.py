@@ -149,10 +149,13 @@ def _header(path, line, data):
 def _no_columns(path, names, separator, data):
     """Says which columns a file needs, and which it has."""
     has = ", ".join(repr(name[:100].encode(errors="replace").decode()) for name in names[:20])
+    image, captions, label = _wanted(names, data)
+    images = f"a column with paths of images: {data.image or ' or '.join(PATHS)}; name another in config.data.image"
+    texts = f"captions or labels: {', '.join((*data.captions, *LABELS))}; name others in config.data.captions"
+    lacks = " and ".join(([] if image else [images]) + ([] if captions or label else [texts]))
     return (
-        f"{path} needs a column {data.image or ' or '.join(PATHS)} (config.data.image), and one of "
-        f"{', '.join(data.captions)} (config.data.captions) or {', '.join(LABELS)}; its first line, separated by "
-        f"{SEPARATORS[separator]}, has {has}. The first line must name the columns"
+        f"{path} lacks {lacks}. Its first line, which must name the columns, is, separated by "
+        f"{SEPARATORS[separator]}: {has}"
     )
 
 
