@@ -280,6 +280,8 @@ def _start(job):
         then, now = (", ".join(f"{name} {part.get(name)!r}" for name in changed) for part in (earlier, job.settings))
         raise UserError(f"--out {str(out)!r} was started with {then}, not {now}: use another folder")
     job.work.mkdir(exist_ok=True)
+    for stale in job.work.glob("new-*"):  # of workers that were killed
+        stale.unlink()
     return saved["done"]
 
 

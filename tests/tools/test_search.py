@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused(encoder, source, tmp_path):
     write_embeddings(encoder, source, tmp_path / "out")
     found = index.Index(tmp_path / "out")
     found.check(encoder)
-    with pytest.raises(UserError, match="--model has weights_hash .* made with .* a model: search with that one"):
+    with pytest.raises(UserError, match="--model has weights_hash .* made with .*/a model: search with that one"):
         found.check(make_encoder(seed=1))
     part = tmp_path / "out" / "part-000001-0001.parquet"
     whole = part.read_bytes()
