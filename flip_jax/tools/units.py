@@ -48,7 +48,10 @@ class Job:
 
 
 class Crew:
-    """Workers that do units of one job; as a context manager it ends them. Without workers, units are done here."""
+    """Workers that do units of one job; as a context manager it ends them. Without workers, units are done here.
+
+    Workers also end with this process, however it ends.
+    """
 
     def __init__(self, job: Job, workers: int, ray: str = "", marks: pathlib.Path | None = None):
         """`marks` is a folder that all nodes of a cluster share, where workers note which record is in work."""
@@ -71,20 +74,14 @@ class Crew:
 
     def __enter__(self) -> "Crew":
         self._pool = ThreadPoolExecutor(max(1, self._count), "flip_jax-worker")
-        runtime.at_end.insert(0, self.close)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        runtime.at_end.remove(self.close)
-        self.close()
+        for worker in self._workers.values():
+            worker.close()
         self._pool.shutdown(cancel_futures=True)
         for number in self._in_memory:
             os.close(number)
-
-    def close(self) -> None:
-        """End all workers at once."""
-        for worker in list(self._workers.values()):
-            worker.close()
 
     def run(
         self,
