@@ -16,6 +16,7 @@ def get_config(arg=None):
     config.optim.base_learning_rate = 1e-3
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.05
+    config.optim.layer_decay = 0.75
     config.finetune.classes = 1000
     config.eval.tasks = ("classify/imagenet",)
     config.eval.every_steps = 6255  # 5 epochs

@@ -72,8 +72,9 @@ class Checkpoints:
         tokenizer: Tokenizer | None,
         config: Config,
         class_names: tuple[str, ...] = (),
+        run: Config | None = None,
     ):
-        """Starts saving `step`; returns when the arrays may be donated again."""
+        """Starts saving `step`, of the stage with `config` of a `run`; returns when the arrays may be donated again."""
         self.wait()
         needed = sum(array.nbytes for array in jax.tree.leaves(state)) // jax.process_count()
         if manifest.is_local(self.directory) and (free := shutil.disk_usage(self.directory).free) < needed:
@@ -89,6 +90,7 @@ class Checkpoints:
             tokenizer=ocp.args.JsonSave(tokenizer.to_json() if tokenizer else {}),
             config=ocp.args.JsonSave(config_check.flatten(config)),
             class_names=ocp.args.JsonSave(list(class_names)),
+            **({"run": ocp.args.JsonSave(config_check.flatten(run))} if run and run.stages else {}),
         )
         with self._storing(step):
             self._manager.save(step, args=items)
@@ -113,14 +115,6 @@ class Checkpoints:
             state=ocp.args.StandardRestore(state._asdict()), data=grain.checkpoint.CheckpointRestore(batches)
         )
         return type(state)(**self._manager.restore(self.latest(), args=args)["state"])
-
-    def tokenizer(self) -> Tokenizer | None:
-        """Reads the tokenizer of the newest step; None without a step, and for a classifier, which reads no text."""
-        if self.latest() is None:
-            return None
-        from flip_jax import saved_step
-
-        return saved_step.tokenizer(self.directory / str(self.latest()))
 
     def say_saved(self):
         """Says so if the save in progress is complete; does not wait for it."""

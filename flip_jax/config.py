@@ -88,7 +88,7 @@ class OptimConfig:
     it falls linearly to 0 over the last `cooldown_samples` (0: never), so a run's length can be changed until then.
     """
 
-    name: str = "adamw"  # or "muon": matrices by Muon, embeddings, biases and norms by AdamW
+    name: str = "adamw"  # or "lamb", or "muon": matrices by Muon, embeddings, biases and norms by AdamW
     base_learning_rate: float = 4e-6
     b1: float = 0.9
     b2: float = 0.95
@@ -97,6 +97,11 @@ class OptimConfig:
     learning_rate: float = 0.0
     schedule: str = "cosine"
     cooldown_samples: int = 0
+    clip_norm: float = 0.0  # the most that the norm of all gradients together may be (0: any)
+    ema: float = 0.0  # decay per step of an average of the weights, which evaluation and export then take (0: none)
+    image_rate: float = 1.0  # factor of a tower's learning rate, without its projection; 0 freezes the tower
+    text_rate: float = 1.0
+    layer_decay: float = 1.0  # within a tower, the rate of a layer as a share of that of the next one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +112,6 @@ class FinetuneConfig:
     """
 
     classes: int = 0
-    layer_decay: float = 0.75  # the rate of a layer as a share of that of the next one
     label_smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -215,7 +219,11 @@ class Config:
     # Parts of the batch that are encoded one after the other; the loss compares the full batch. "auto": as few as fit.
     microbatches: int | str = 1
     init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
+    init_model: bool = False  # take the architecture of `init_from`, too, in place of that in `model`
     profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
+    # "SAMPLES:KEY=VALUE,KEY=VALUE;SAMPLES:...": one stage after the other, each with changes to the other settings
+    # (docs/train.md); total_samples is their sum.
+    stages: str = ""
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     finetune: FinetuneConfig = FinetuneConfig()
@@ -229,3 +237,19 @@ class Config:
     def total_steps(self) -> int:
         """Counts the optimizer steps of the whole run; a last, partial batch is not trained."""
         return self.total_samples // self.global_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The steps `first` + 1 to `last` of a run, all with one `config`; a run without `Config.stages` is one stage."""
+
+    config: Config
+    last: int
+    first: int = 0
+    samples: int = 0  # seen before it
+    name: str = ""  # "stage 2/3: ", with which its lines begin; empty without `Config.stages`
+    fresh: bool = False  # whether the optimizer starts without the state of the stage before
+
+    def samples_seen(self, step: int) -> int:
+        """Counts the samples of the whole run up to a step of this stage."""
+        return self.samples + (step - self.first) * self.config.global_batch_size

@@ -28,7 +28,11 @@ def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
     data = dataclasses.replace(config.data, vocab=home(config.data.vocab), tfds_dir=home(config.data.tfds_dir))
     evaluation = dataclasses.replace(config.eval, classnames=home(config.eval.classnames))
     config = dataclasses.replace(config, init_from=home(config.init_from), data=data, eval=evaluation)
-    _check(config)
+    if config.stages:
+        from flip_jax import stages  # only runs with stages need it
+
+        return stages.checked(config)
+    check(config)
     return config
 
 
@@ -131,19 +135,28 @@ _CHOICES = {
     "model.loss": ("info_nce", "sigmoid"),
     "model.remat": (*REMAT, "auto"),
     "data.resize": ("antialias", "official"),
-    "optim.name": ("adamw", "muon"),
+    "optim.name": ("adamw", "lamb", "muon"),
     "optim.mu_dtype": ("bfloat16", "float32"),
     "optim.schedule": ("cosine", "constant"),
     "eval.mask": ("intact", "masked", "ensemble"),
 }
 _ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
-_ZERO_OR_MORE = ("optim.learning_rate", "model.decoder.weight", "finetune.mixup", "finetune.cutmix")
+_ZERO_OR_MORE = (
+    "optim.learning_rate",
+    "optim.clip_norm",
+    "optim.image_rate",
+    "optim.text_rate",
+    "model.decoder.weight",
+    "finetune.mixup",
+    "finetune.cutmix",
+)
 _RANGES = {
     **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
     **dict.fromkeys(_ZERO_OR_MORE, ("be at least 0", lambda x: x >= 0)),
+    "optim.ema": ("be in [0, 1): 0.999 averages over about 1,000 steps, 0 over none", lambda x: 0 <= x < 1),
     "model.init_logit_scale": ("be in [1, 100]: it is 1 / temperature, 14.3 for 0.07", lambda x: 1 <= x <= 100),
     "model.decoder.width": ("divide by 4", lambda x: x % 4 == 0),
-    "finetune.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
+    "optim.layer_decay": ("be in (0, 1]", lambda x: 0 < x <= 1),
     "finetune.label_smoothing": ("be in [0, 1)", lambda x: 0 <= x < 1),
 }
 _AT_LEAST_ZERO = (
@@ -171,7 +184,8 @@ _AT_MOST = {
 _MAX_PATCHES = 2**16
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raises UserError for settings of a run without stages that cannot be used or contradict each other."""
     flat, image, text, data = flatten(config), config.model.image, config.model.text, config.data
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
@@ -243,6 +257,8 @@ def _check(config: Config) -> None:
         lo, hi = getattr(data, key)
         if not low < lo <= hi <= high:
             raise UserError(f"config.data.{key} must be a range within ({low}, {high}], got {(lo, hi)}")
+    if not (config.optim.image_rate or config.optim.text_rate or config.finetune.classes):
+        raise UserError("config.optim.image_rate and text_rate are both 0: no tower would train; raise one above 0")
     if config.finetune.classes and (image.mask_ratio or config.microbatches not in (1, "auto")):
         raise UserError(
             "config.finetune.classes: fine-tuning sees whole images, a batch at once; set model.image.mask_ratio 0 "
@@ -300,4 +316,9 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         raise UserError(reason) from None
     if rest:
         raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks, braces or a glob needs quotes")
-    return from_config_dict(values.config)
+    config, given = from_config_dict(values.config), values.config.total_samples
+    if config.stages and given != config.total_samples and any("total_samples=" in word for word in arguments):
+        raise UserError(
+            f"config.total_samples {given} is not the sum of config.stages, {config.total_samples}; leave it out"
+        )
+    return config

@@ -1,4 +1,4 @@
-"""Learning-rate schedule, AdamW or Muon, and the weight-decay mask."""
+"""Learning-rate schedule, optimizer, and the weight-decay mask."""
 
 from typing import Any
 
@@ -68,18 +68,28 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Builds the optimizer; decay is decoupled and multiplied by the learning rate, and gradients are not clipped.
-
-    "adamw" is the paper's (appendix); "muon" updates the kernels of blocks and projections by Muon, the rest by AdamW.
-    """
+    """Builds the optimizer, the paper's "adamw" or another; decay is decoupled and multiplied by the learning rate."""
     optim = config.optim
-    direction = optax.scale_by_adam(optim.b1, optim.b2, 1e-8, mu_dtype=optim.mu_dtype)
-    if optim.name == "muon":
-        from flip_jax import muon  # only its runs need it
-
-        direction = optax.partition({True: muon.by_muon(), False: direction}, muon.is_matrix)
-    return optax.chain(
-        direction,
+    parts = (
+        optax.scale_by_adam(optim.b1, optim.b2, 1e-8, mu_dtype=optim.mu_dtype),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
-        optax.scale_by_learning_rate(learning_rate(config)),
     )
+    if optim.name != "adamw":
+        from flip_jax import optimizers  # only runs with another optimizer need it
+
+        parts = optimizers.UPDATES[optim.name](*parts)
+    if optim.clip_norm:
+        parts = (optax.clip_by_global_norm(optim.clip_norm), *parts)
+    optimizer = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate(config)))
+    if (optim.image_rate, optim.text_rate, optim.layer_decay) == (1, 1, 1):
+        return optimizer
+    from flip_jax import optimizers  # only runs with several rates need it
+
+    return optimizers.by_share(optimizer, optim)
+
+
+def split(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separates the parameters that train from those of a tower whose rate is 0."""
+    rates = {"image": config.optim.image_rate, "text": config.optim.text_rate}
+    frozen = {name: part for name, part in params.items() if rates.get(name) == 0}
+    return {name: part for name, part in params.items() if name not in frozen}, frozen

@@ -5,7 +5,7 @@ import math
 
 from jax.sharding import Mesh
 
-from flip_jax import memory, sharding, train_step
+from flip_jax import memory, optim, sharding, train_step
 from flip_jax.config import Config
 from flip_jax.config_check import REMAT
 from flip_jax.memory import GIB, SPARE
@@ -61,14 +61,15 @@ def _remedy(config: Config, mesh: Mesh, limit: int | None, needed: float = math.
 def _least_bytes(config: Config, mesh: Mesh) -> tuple[float, float]:
     """Estimates the bytes per device that no choice avoids, and those of a row of the batch.
 
-    Beside the state there are gradients, twice while they are summed, and parameters in the compute type; beside the
-    row, the patches that are seen. Measured by compiled steps of B/16 and L/16 on CPUs.
+    Beside the state there are gradients, twice while they are summed, none of a frozen tower, and parameters in the
+    compute type; beside the row, the patches that are seen. Measured by compiled steps of B/16 and L/16 on CPUs.
     """
     one = dataclasses.replace(memory.resolved(config, REMAT[-1], 1), global_batch_size=sharding.batch_shards(mesh))
     program = train_step.make_program(one, mesh)
     fixed = (
         memory.tree_bytes(program.state)
-        + 3 * memory.tree_bytes(program.state.params)
+        + memory.tree_bytes(program.state.params)
+        + 2 * memory.tree_bytes(optim.split(program.state.params, config)[0])
         + memory.host_bytes(one, program, mesh)
     )
     return fixed, config.model.image.image_size**2 * 3 * (3.6 if memory.on_cpu(mesh) else 1.6)

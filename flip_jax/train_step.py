@@ -28,7 +28,7 @@ class Program(NamedTuple):
     graphdef: nnx.GraphDef
     inputs: tuple[str, str]  # the arrays of a batch that `step` takes
     state: TrainState
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]  # of random parameters, or of those that are given
     step: jax.stages.Wrapped  # (state, image, target) -> (state, dict of scalars)
 
 
@@ -37,49 +37,52 @@ def make_loss_and_grads(graphdef: nnx.GraphDef, microbatches: int) -> Callable[.
 
     With several microbatches the towers encode one after the other: first for the embeddings alone, then, once the
     gradient of the loss by each embedding is known, for the gradients. The loss still compares the full batch, and what
-    the towers see is decided once, before the batch is split.
+    the towers see is decided once, before the batch is split. `frozen` holds parameters that get no gradient.
     """
 
-    def encode(params, view):
-        model: FLIP = nnx.merge(graphdef, params)
-        return model.encode_pairs(view)
+    def loss_and_grads(params, image, text, mask_key, frozen=None):
+        def model(params) -> FLIP:
+            return nnx.merge(graphdef, params | (frozen or {}))
 
-    def compare(params, image_BxE, text_BxE):
-        model: FLIP = nnx.merge(graphdef, params)
-        return model.compare(image_BxE, text_BxE)
+        def encode(params, view):
+            return model(params).encode_pairs(view)
 
-    def one_pass(params, view):
-        *embeddings, auxiliary = encode(params, view)
-        return compare(params, *embeddings) + auxiliary
+        def compare(params, image_BxE, text_BxE):
+            return model(params).compare(image_BxE, text_BxE)
 
-    def two_passes(params, view):
-        parts = sharding.split(view, microbatches)
-        image, text, auxiliary = jax.lax.map(lambda part: encode(params, part), parts)
-        embeddings = sharding.join((image, text))
-        value, (grads, *by_embedding) = jax.value_and_grad(compare, argnums=(0, 1, 2))(params, *embeddings)
+        def one_pass(params, view):
+            *embeddings, auxiliary = encode(params, view)
+            return compare(params, *embeddings) + auxiliary
 
-        def surrogate(params, part, by_image, by_text):
-            # Its gradient is that of the loss by the chain rule: `by_image` and `by_text` are constants here.
-            image, text, auxiliary = encode(params, part)
-            return jnp.sum(image * by_image) + jnp.sum(text * by_text) + auxiliary / microbatches
+        def two_passes(params, view):
+            parts = sharding.split(view, microbatches)
+            image, text, auxiliary = jax.lax.map(lambda part: encode(params, part), parts)
+            embeddings = sharding.join((image, text))
+            value, (grads, *by_embedding) = jax.value_and_grad(compare, argnums=(0, 1, 2))(params, *embeddings)
 
-        def add(grads, part):
-            return jax.tree.map(jnp.add, grads, jax.grad(surrogate)(params, *part)), None
+            def surrogate(params, part, by_image, by_text):
+                # Its gradient is that of the loss by the chain rule: `by_image` and `by_text` are constants here.
+                image, text, auxiliary = encode(params, part)
+                return jnp.sum(image * by_image) + jnp.sum(text * by_text) + auxiliary / microbatches
 
-        # The scan starts from the gradient of what only `compare` uses, the scale of the logits.
-        grads, _ = jax.lax.scan(add, grads, (parts, *sharding.split(by_embedding, microbatches)))
-        return value + jnp.mean(auxiliary), grads
+            def add(grads, part):
+                return jax.tree.map(jnp.add, grads, jax.grad(surrogate)(params, *part)), None
 
-    def loss_and_grads(params, image, text, mask_key):
-        model: FLIP = nnx.merge(graphdef, params)
-        view = masking.see(model.config, mask_key, image, text, microbatches)
+            # The scan starts from the gradient of what only `compare` uses, the scale of the logits.
+            grads, _ = jax.lax.scan(add, grads, (parts, *sharding.split(by_embedding, microbatches)))
+            return value + jnp.mean(auxiliary), grads
+
+        view = masking.see(model(params).config, mask_key, image, text, microbatches)
         return two_passes(params, view) if microbatches > 1 else jax.value_and_grad(one_pass)(params, view)
 
     return loss_and_grads
 
 
-def make_program(config: Config, mesh: Mesh) -> Program:
-    """Builds, inside `jax.set_mesh(mesh)`, the program that trains, resumes and compiles ahead of time."""
+def make_program(config: Config, mesh: Mesh, first: int = 0) -> Program:
+    """Builds, inside `jax.set_mesh(mesh)`, the program that trains, resumes and compiles ahead of time.
+
+    `first` is the step before its first one, from which its learning rate counts.
+    """
     optimizer, schedule = optim.make_optimizer(config), optim.learning_rate(config)
     init_key, mask_key = jax.random.split(jax.random.key(config.seed))
 
@@ -91,20 +94,21 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         from flip_jax.models import classifier
 
         inputs, loss_and_grads = ("image", "label"), classifier.make_loss_and_grads(graphdef, config.finetune)
-        optimizer = classifier.by_layer(optimizer, config)
     else:
         inputs, loss_and_grads = ("image", "text"), make_loss_and_grads(graphdef, int(config.microbatches))
 
-    def init():
-        params = nnx.to_pure_dict(nnx.split(build())[1])
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
+    def init(params=None):
+        params = nnx.to_pure_dict(nnx.split(build())[1]) if params is None else params
+        return TrainState(jnp.int32(0), params, optimizer.init(optim.split(params, config)[0]))
 
     def step(state, image, target):
         # The mask depends on seed, step and the row in the global batch, not on the layout of the devices.
-        value, grads = loss_and_grads(state.params, image, target, jax.random.fold_in(mask_key, state.step))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        report = {"loss": value, "learning_rate": schedule(state.step), "next_learning_rate": schedule(state.step + 1)}
+        params, frozen = optim.split(state.params, config)
+        value, grads = loss_and_grads(params, image, target, jax.random.fold_in(mask_key, state.step), frozen)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates) | frozen
+        count = state.step - first
+        report = {"loss": value, "learning_rate": schedule(count), "next_learning_rate": schedule(count + 1)}
         if "text" in inputs:
             report["logit_scale"] = nnx.merge(graphdef, state.params).scale()
         return TrainState(state.step + 1, params, opt_state), report
@@ -119,11 +123,15 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             optimizer,
             lambda x, s: x if isinstance(x, optax.MaskedNode) else s,  # a parameter that this part leaves alone
             abstract.opt_state,
-            param_shardings,
+            optim.split(param_shardings, config)[0],
             transform_non_params=lambda _: whole,
             is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         ),
     )
+    if config.optim.ema:
+        from flip_jax import average  # only runs that keep one need it
+
+        init, step, abstract, shardings = average.keep(config.optim.ema, init, step, abstract, shardings)
     rows = sharding.batch_sharding(mesh)
     return Program(
         graphdef,

@@ -1,6 +1,5 @@
 """The weights of a step's folder: read for a model, adapted to one that starts from them, or written alone."""
 
-import dataclasses
 import logging
 import os
 from typing import Any
@@ -22,13 +21,31 @@ from flip_jax.saved_step import differences, read_json
 
 _log = logging.getLogger(__name__)
 
-# What fine-tuning takes from the model in `init_from`; the image size is the run's own.
-IMAGE_TOWER = ("width", "depth", "heads", "patch_size", "pool", "patch_bias", "positions", "pre_norm", "pixel_stats")
+# Settings of a model that are no part of its architecture, and groups of those that a classifier has not.
+OWN = (
+    "model.image.image_size",
+    "model.image.mask",
+    "model.image.mask_ratio",
+    "model.text.mask",
+    "model.text.mask_ratio",
+    "model.init_logit_scale",
+    "model.dtype",
+    "model.remat",
+    "model.attention",
+    "model.unroll",
+)
+PAIRED = ("model.text.", "model.embed_dim", "model.loss")
 RESIZED = ("image.pos_embed", "image.patch_kernel")  # what `read_params` resizes for a model that it starts
 
 
-def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: Config):
-    """Writes a step's folder of weights alone, as `newest` and `read_params` take it.
+def write(
+    folder: str | os.PathLike,
+    params: Any,
+    tokenizer: Tokenizer | None,
+    config: Config,
+    class_names: tuple[str, ...] | None = None,
+) -> None:
+    """Writes a step's folder of weights alone, as `newest` and `read_params` take it; a classifier has no tokenizer.
 
     Raises:
       UserError: the folder exists.
@@ -36,8 +53,11 @@ def write(folder: str | os.PathLike, params: Any, tokenizer: Tokenizer, config: 
     folder = absolute(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already; use another folder")
+    items = {"tokenizer": tokenizer.to_json() if tokenizer else {}, "config": config_check.flatten(config)}
+    if class_names is not None:
+        items["class_names"] = list(class_names)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        for item, content in (("tokenizer", tokenizer.to_json()), ("config", config_check.flatten(config))):
+        for item, content in items.items():
             checkpointer.save(folder / item, args=ocp.args.JsonSave(content))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "state", {"params": params})
@@ -53,40 +73,40 @@ def check_start(config: Config, step: epath.Path) -> None:
     """Raises UserError, before anything is compiled, where the weights of a step cannot start this run."""
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))[1])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
-    _compare(step, {name: part for name, part in params.items() if name != "head"}, saved, config.model)
+        _, saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
+    _compare(step, _startable(params, saved), saved, config.model)
 
 
-def with_tower_of(config: Config, step: epath.Path) -> Config:
-    """Returns the config of a fine-tuning with the image tower of a step's model."""
-    ours, theirs = config.model, saved_config.read(step).model
-    image = {key: getattr(theirs.image, key) for key in IMAGE_TOWER}
-    taken = [f"{key} {value}" for key, value in image.items() if value != getattr(ours.image, key)]
-    if taken:
-        _log.info("the image tower of %s: %s", step, ", ".join(taken))
-    model = dataclasses.replace(
-        ours,
-        image=dataclasses.replace(ours.image, **image),
-        activation=theirs.activation,
-        norm_eps=theirs.norm_eps,
-    )
-    return saved_config.from_flat(config_check.flatten(dataclasses.replace(config, model=model)))
+def with_model_of(config: Config, step: epath.Path) -> Config:
+    """Returns the config with the architecture of a step's model, of its image tower alone where one has no other."""
+    written = saved_config.read(step)
+    ours, theirs = config_check.flatten(config), config_check.flatten(written)
+    groups = ("model.decoder.", *(PAIRED if config.finetune.classes or written.finetune.classes else ()))
+    shared = (key for key in ours if key.startswith("model.") and not key.startswith(groups))
+    taken = {key: theirs[key] for key in shared if key not in OWN}
+    if changes := [f"{key} {value}" for key, value in taken.items() if value != ours[key]]:
+        _log.info("from %s: %s", step, ", ".join(changes))
+    return saved_config.from_flat(ours | taken)
 
 
 def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = None) -> Any:
-    """Reads only the weights of a step's folder, laid out as the abstract tree `params` says.
+    """Reads only the weights of a step's folder, their average where the run kept one, laid out as `params` says.
 
     Where another model, `start_of`, starts from them, weights that belong to an image or patch size are resized to its
-    own, and weights that it does not use (a decoder, the text tower of a classifier) are skipped.
+    own, weights that it does not use (a decoder, the text tower of a classifier) are skipped, and so are those that it
+    must learn: a classifier's head, and all but the image tower where the step has no other.
 
     Raises:
       UserError: names or shapes that differ, both sides.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
-        unused, resized = _compare(step, params, saved, start_of)
+        part, saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
+        ours = _startable(params, saved) if start_of else params
+        unused, resized = _compare(step, ours, saved, start_of)
         if unused:
             _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
+        if fresh := sorted(params.keys() - ours.keys()):
+            _log.info("%s has no weights for %s, trained from scratch", step, ", ".join(fresh))
 
         def as_saved(path, leaf):
             if (name := _name(path)) not in resized:
@@ -100,11 +120,17 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
             value = resize_weight(start_of.image, name.removeprefix("image."), np.asarray(value))
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
-        wanted = {"params": jax.tree_util.tree_map_with_path(as_saved, params)}
+        wanted = {part: jax.tree_util.tree_map_with_path(as_saved, ours)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        restored = checkpointer.restore(step / "state", args=args)["params"]
-        return jax.tree_util.tree_map_with_path(as_ours, params, restored)
+        restored = checkpointer.restore(step / "state", args=args)[part]
+        return jax.tree_util.tree_map_with_path(as_ours, ours, restored)
+
+
+def _startable(params: dict[str, Any], saved: Any) -> dict[str, Any]:
+    """Returns the parts of a model that weights may start: the image tower where they have no other, and no head."""
+    alone = "text" not in saved
+    return {name: part for name, part in params.items() if name == "image" or not (alone or name == "head")}
 
 
 def _compare(step: epath.Path, params: Any, saved: Any, start_of: ModelConfig | None) -> tuple[set[str], dict]:

@@ -1,6 +1,7 @@
 """Weights of one model as the start of another: other image and patch sizes, and what is refused."""
 
 import dataclasses
+import sys
 
 import helpers
 import jax
@@ -11,8 +12,9 @@ from etils import epath
 from flax import nnx
 from PIL import Image
 
-from flip_jax import manifest, saved_step, sharding, weights
-from flip_jax.config import DecoderConfig, MeshConfig
+import flip_jax
+from flip_jax import manifest, saved_config, saved_step, sharding, weights
+from flip_jax.config import DecoderConfig, FinetuneConfig, MeshConfig
 from flip_jax.models.flip import FLIP
 from flip_jax.models.vit import sincos_2d
 
@@ -80,3 +82,67 @@ def test_other_differences_are_refused_with_both_sides(trained):
     settings = dataclasses.replace(helpers.MODEL, loss="sigmoid")
     with pytest.raises(ValueError, match=r"logit_bias: checkpoint None, model \(1,\)"):
         start(trained[1], settings)
+
+
+def test_an_image_tower_alone_starts_the_image_tower(trained, tmp_path):
+    """As LiT does (arXiv 2111.07991) with a classifier's."""
+    folder = epath.Path(tmp_path) / "checkpoints" / "5"
+    image = trained[0]["image"]
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / "state", {"params": {"image": image, "head": {"bias": np.zeros(3)}}})
+    manifest.write(folder)
+    started = start(folder, helpers.MODEL)
+    assert started.keys() == {"image"}
+    jax.tree.map(np.testing.assert_array_equal, started["image"], image)
+    weights.check_start(helpers.CONFIG, folder)
+    wide = dataclasses.replace(helpers.CONFIG, model=helpers.model_with(image_width=64))
+    with pytest.raises(ValueError, match=r"image.cls: checkpoint \(1, 1, 32\), model \(1, 1, 64\)"):
+        weights.check_start(wide, folder)
+
+
+@pytest.mark.parametrize("classes, both", [((0, 0), True), ((5, 0), False), ((0, 5), False)])
+def test_the_architecture_is_taken_but_not_what_belongs_to_a_run(monkeypatch, classes, both):
+    model = helpers.model_with(
+        image_image_size=48,
+        image_positions="learned",
+        image_mask_ratio=0.25,
+        text_width=64,
+        text_mask_padding=True,
+        activation="quick_gelu",
+        embed_dim=8,
+    )
+    settings = dataclasses.replace(helpers.CONFIG, model=helpers.model_with(image_mask_ratio=0.0, dtype="bfloat16"))
+    written, ours = (
+        dataclasses.replace(config, finetune=FinetuneConfig(classes=count))
+        for config, count in zip((dataclasses.replace(helpers.CONFIG, model=model), settings), classes, strict=True)
+    )
+    monkeypatch.setattr(saved_config, "read", lambda step: written)
+    taken = weights.with_model_of(ours, "a step").model
+    expected = helpers.model_with(
+        image_positions="learned",
+        image_mask_ratio=0.0,
+        activation="quick_gelu",
+        dtype="bfloat16",
+        **({"text_width": 64, "text_mask_padding": True, "embed_dim": 8} if both else {}),
+    )
+    assert taken == expected
+
+
+@pytest.mark.slow
+def test_tuning_takes_the_model_and_the_tokenizer_that_it_starts_from(shards, tmp_path):
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    helpers.run_command(helpers.arguments(shards, first, total_samples=64, warmup_samples=32))
+    settings = {"data.train": f"webdataset:{shards}/*.tar", "data.captions": "cls", "data.workers": 0}
+    settings |= {"data.shuffle_window": 50, "model.image.image_size": 32, "global_batch_size": 32}
+    settings |= {"total_samples": 96, "warmup_samples": 32, "optim.image_rate": 0.0}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "main.py", "--config=configs/tune.py", f"--workdir={tuned}", *flags]
+    alone = helpers.run_command(command, check=False)
+    assert alone.returncode == 1 and "config.init_model takes the architecture of config.init_from" in alone.stderr
+    done = helpers.run_command([*command, f"--config.init_from={first}"])
+    assert "started from the weights in" in done.stderr and "step 3/3" in done.stdout
+    before, after = (flip_jax.load(folder) for folder in (first, tuned))
+    assert after.config.model.text == before.config.model.text and after.config.model.embed_dim == 16
+    assert after.tokenizer.to_json() == before.tokenizer.to_json()
+    jax.tree.map(np.testing.assert_array_equal, after.params["image"], before.params["image"])
+    assert not np.array_equal(after.params["text"]["token_embed"], before.params["text"]["token_embed"])

@@ -18,14 +18,17 @@ def build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 def flops_per_sample(config: Config) -> float:
     """Counts the FLOPs of one training sample, forward and backward, over visible patches only.
 
-    Matrix products only and no recompute, as model FLOP utilisation (MFU) is defined.
+    Matrix products only and no recompute, as model FLOP utilisation (MFU) is defined. A frozen tower has no backward.
     """
     image, text, classes = config.model.image, config.model.text, config.finetune.classes
     visible = image.visible_patches
     embed = visible * 2 * 3 * image.patch_size**2 * image.width
     project = 2 * image.width * classes if classes else 2 * (image.width + text.width) * config.model.embed_dim
-    towers = sum(
-        tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
-        for tower, tokens in ((image, visible + 1), (text, 0 if classes else text.visible_tokens))
+    image_tower, text_tower = (
+        (3 if rate else 1) * tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
+        for rate, tower, tokens in (
+            (config.optim.image_rate, image, visible + 1),
+            (config.optim.text_rate, text, 0 if classes else text.visible_tokens),
+        )
     )
-    return 3.0 * (embed + project + towers)
+    return (3.0 if config.optim.image_rate else 1.0) * embed + 3.0 * project + image_tower + text_tower

@@ -46,16 +46,16 @@ class Classifier(nnx.Module):
 def make_loss_and_grads(
     graphdef: nnx.GraphDef, config: FinetuneConfig
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
-    """loss_and_grads(params, image uint8 [B, H, W, 3], label int32 [B], key) over the global batch."""
+    """loss_and_grads(params, image uint8 [B, H, W, 3], label int32 [B], key, frozen) over the global batch."""
 
-    def loss(params, image_BxHxWx3, target_BxC):
-        model: Classifier = nnx.merge(graphdef, params)
+    def loss(params, frozen, image_BxHxWx3, target_BxC):
+        model: Classifier = nnx.merge(graphdef, params | frozen)
         return jnp.mean(optax.softmax_cross_entropy(model.encode_image(image_BxHxWx3), target_BxC))
 
-    def loss_and_grads(params, image, label, key):
+    def loss_and_grads(params, image, label, key, frozen=None):
         target = optax.smooth_labels(jax.nn.one_hot(label, config.classes), config.label_smoothing)
         image, target = mix(key, image, target, config.mixup, config.cutmix)
-        return jax.value_and_grad(loss)(params, image, target)
+        return jax.value_and_grad(loss)(params, frozen or {}, image, target)
 
     return loss_and_grads
 
@@ -93,28 +93,3 @@ def rectangle(key: jax.Array, size: tuple[int, int], area: jax.Array) -> jax.Arr
 
     rows_H, columns_W = (within(k, n) for k, n in zip(jax.random.split(key), size, strict=True))
     return rows_H[:, None] & columns_W[None]
-
-
-def by_layer(optimizer: optax.GradientTransformation, config: Config) -> optax.GradientTransformation:
-    """Multiplies each layer's whole update, decay included, by its `layer_shares`."""
-
-    def multiply(updates, _):
-        shares = layer_shares(updates, config.finetune.layer_decay, config.model.image.depth)
-        return jax.tree.map(jnp.multiply, updates, shares)
-
-    return optax.chain(optimizer, optax.stateless(multiply))
-
-
-def layer_shares(params: Any, layer_decay: float, depth: int) -> Any:
-    """Returns the factor of each parameter's rate: `layer_decay` to the power of the layers between it and the head.
-
-    The head and the last norm are 0 layers away, the last block 1, the first `depth`, the embedding one more.
-    """
-
-    def share(path, x):
-        names = [key.key for key in path]
-        if names[:3] == ["image", "transformer", "blocks"]:
-            return (layer_decay ** jnp.arange(depth, 0, -1)).reshape(-1, *[1] * (x.ndim - 1))
-        return layer_decay ** (depth + 1) if names[0] == "image" and names[1] != "transformer" else 1.0
-
-    return jax.tree_util.tree_map_with_path(share, params)

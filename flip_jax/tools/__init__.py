@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
     "embed": "write the embeddings of a data set's images or captions to Parquet files",
     "evaluate": "run zero-shot, retrieval, linear-probe and other evaluations",
     "inspect": "report what a data set holds: bad records, image sizes, caption lengths",
+    "merge": "interpolate the weights of two models, and evaluate the mixtures",
     "prepare": "write a data set as evenly filled, shuffled webdataset shards",
     "report": "draw a run's loss and its images ranked for text queries",
     "search": "find the embeddings nearest to a text or an image",

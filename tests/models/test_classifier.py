@@ -16,8 +16,8 @@ import scipy.special
 from flax import nnx
 from helpers import REPO, arguments, environment, final_params, leaves, metrics, run_command
 
-from flip_jax import config_check, evaluators, inference, models, optim, saved_config, sharding, train_step
-from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, MeshConfig, ModelConfig
+from flip_jax import config_check, evaluators, inference, models, optim, optimizers, saved_config, sharding, train_step
+from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, MeshConfig, ModelConfig, OptimConfig
 from flip_jax.data import pipeline
 from flip_jax.models import classifier
 
@@ -29,7 +29,7 @@ LABEL = (np.arange(16) % 5).astype(np.int32)
 def test_rates_fall_from_the_head_to_the_patches():
     """Depth 2 and a factor of 0.5, by hand: head 1, blocks 1/2 and 1/4, embedding 1/8."""
     model = models.build(CONFIG, nnx.Rngs(0))
-    shares = classifier.layer_shares(nnx.to_pure_dict(nnx.split(model)[1]), 0.5, 2)
+    shares = optimizers.shares(nnx.to_pure_dict(nnx.split(model)[1]), OptimConfig(layer_decay=0.5))
     assert shares["head"] == {"kernel": 1.0, "bias": 1.0}
     assert shares["image"]["patch_kernel"] == shares["image"]["cls"] == shares["image"]["patch_bias"] == 0.125
     assert set(jax.tree.leaves(shares["image"]["transformer"]["norm"])) == {1.0}
@@ -43,12 +43,12 @@ def test_updates_are_adamws_times_the_shares():
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
 
     def updates(layer_decay):
-        settings = dataclasses.replace(CONFIG, finetune=dataclasses.replace(PLAIN, layer_decay=layer_decay))
-        settings = dataclasses.replace(settings, warmup_samples=0)
-        optimizer = classifier.by_layer(optim.make_optimizer(settings), settings)
+        settings = dataclasses.replace(CONFIG.optim, layer_decay=layer_decay)
+        settings = dataclasses.replace(CONFIG, optim=settings, warmup_samples=0)
+        optimizer = optim.make_optimizer(settings)
         return optimizer.update(grads, optimizer.init(params), params)[0]
 
-    whole, halved, shares = updates(1.0), updates(0.5), classifier.layer_shares(params, 0.5, 2)
+    whole, halved, shares = updates(1.0), updates(0.5), optimizers.shares(params, OptimConfig(layer_decay=0.5))
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole)) > 1e-4
     # Shares are powers of two, which change no rounding but that of the sum with the decay.
     jax.tree.map(lambda a, b, share: np.testing.assert_allclose(b, a * share, rtol=1e-6), whole, halved, shares)
@@ -131,8 +131,8 @@ def test_steps_are_the_same_on_any_layout():
         ),
         ({"microbatches": 2}, "set model.image.mask_ratio 0 and microbatches 1, got 0.0 and 2"),
         (
-            {"finetune": FinetuneConfig(classes=5, layer_decay=1.5)},
-            r"finetune.layer_decay must be in \(0, 1\], got 1.5",
+            {"optim": OptimConfig(layer_decay=1.5)},
+            r"optim.layer_decay must be in \(0, 1\], got 1.5",
         ),
         ({"finetune": FinetuneConfig(classes=5, label_smoothing=1.0)}, "finetune.label_smoothing must be in"),
         ({"finetune": FinetuneConfig(classes=5, mixup=-1.0)}, "finetune.mixup must be at least 0, got -1.0"),
@@ -150,7 +150,7 @@ def test_the_recipe_is_mae_s(load_recipe):
     settings = load_recipe("finetune_l16")
     assert settings.model.image.width == 1024 and settings.model.image.mask_ratio == 0
     assert optim.peak_learning_rate(settings) == pytest.approx(4e-3)
-    assert settings.finetune == FinetuneConfig(1000, 0.75, 0.1, 0.8, 1.0)
+    assert settings.finetune == FinetuneConfig(1000, 0.1, 0.8, 1.0) and settings.optim.layer_decay == 0.75
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,19 @@ PROJECT = 2 * (32 + 32) * 16
 FLOPS = 2 * (2 * EMBED + 3 * TOWERS + 3 * PROJECT) + 2 * 4 * (2 * 2 * 16 * 16)
 
 
+def test_a_frozen_image_tower_has_no_backward_pass_and_an_average_is_one_copy_more(run):
+    """Freezing leaves the tower's forward pass, and of its projection the gradient by the kernel alone."""
+    options = ("--config.optim.image_rate=0", "--config.optim.ema=0.9")
+    result = json.loads(run("--topology=cpu:8", "--json", *options)[1])
+    image, text = (2 * tokens * (24 * 32**2 + 4 * tokens * 32) for tokens in (9, 8))
+    flops = 2 * (EMBED + image + 3 * text + (2 + 3) * PROJECT / 2) + 2 * 4 * (2 * 2 * 16 * 16)
+    assert result["flops"] == pytest.approx(flops, rel=0.001)
+    assert result["model_flops"] == 2 * (EMBED + image + 3 * text + 3 * PROJECT)
+    # Two blocks, patches, positions of 17, cls, and the last norm.
+    tower = 2 * (12 * 32**2 + 13 * 32) + 8 * 8 * 3 * 32 + 32 + 17 * 32 + 32 + 64
+    assert result["memory"]["arguments"] == 4 * (4 * PARAMS - 2 * tower + 3) + 2 * (32 * 32 * 3 + 4 * 8)
+
+
 def sent(result):
     return {(c["op"], *c["axes"]): (c["count"], c["bytes"]) for c in result["collectives"]}
 
@@ -224,3 +237,24 @@ def test_two_slices(run):
     assert (
         4 * PARAMS / 4 < found["all-reduce", "slices"][1] < 4 * PARAMS
     )  # shards of the kernels, and some whole vectors
+
+
+def test_every_stage_is_reported_and_which_is_the_tightest(run):
+    code, out, _ = run(
+        "--topology=cpu:8",
+        "--json",
+        "--config.stages=160:model.image.image_size=16;160:model.image.mask_ratio=0;160:global_batch_size=8",
+    )
+    result = json.loads(out)
+    assert code == 0 and result["fits"] and result["tightest"] == "2/3"
+    small, large, few = result["stages"]
+    assert [(one["stage"], one["image_size"], one["mask_ratio"]) for one in result["stages"]] == [
+        ("1/3", 16, 0.5),
+        ("2/3", 32, 0.0),
+        ("3/3", 32, 0.5),
+    ]
+    assert small["global_batch_size"] == large["global_batch_size"] == 2 * few["global_batch_size"] == 16
+    assert large["memory"]["peak"] > max(small["memory"]["peak"], few["memory"]["peak"])
+    text = aot.describe(result)
+    assert text.startswith("stage           1/3, 16 px\n") and "\n\nstage           2/3, 32 px\n" in text
+    assert text.splitlines()[-1].startswith("tightest        stage 2/3, ")
