@@ -138,13 +138,8 @@ _CHOICES = {
 }
 _ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
 _ZERO_OR_MORE = (
-    "optim.learning_rate",
-    "optim.clip_norm",
-    "optim.image_rate",
-    "optim.text_rate",
-    "model.decoder.weight",
-    "finetune.mixup",
-    "finetune.cutmix",
+    *("optim.learning_rate", "optim.clip_norm", "optim.image_rate", "optim.text_rate"),
+    *("model.decoder.weight", "finetune.mixup", "finetune.cutmix"),
 )
 _RANGES = {
     **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
