@@ -34,7 +34,7 @@ from flip_jax.data import sources, transforms
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.inference import Encoder
 from flip_jax.models.flip import FLIP
-from flip_jax.tools import embed, index
+from flip_jax.tools import embed
 
 REPO = pathlib.Path(__file__).parent.parent
 FIXTURES = REPO / "tests" / "fixtures"
@@ -220,24 +220,12 @@ def make_encoder(devices=1, seed=0, words=WORDS, factor=1.0):
         return Encoder(graphdef, params, tokenizer, CONFIG)
 
 
-def write_embeddings(encoder, source, out, texts=False, processes=1, **changes):
-    """Write an index as the command does, for each of several processes in turn; return its index.json."""
-    opened = embed.open_source(source, encoder.config.data, texts)
-    identity = {
-        "source": source,
-        "items": len(opened),
-        "embedded": "texts" if texts else "images",
-        "dtype": "float32",
-        "embed_dim": 16,
-        "rows_per_part": 10,
-        **index.identity(encoder),
-        **changes,
-    }
-    for process in range(processes):
-        embedding = embed.Embedding(out, opened, encoder.config.data, identity, "a model", process)
-        embedding.run(encoder, range(process, embedding.units, processes), BATCH)
-        assert embedding.finish() == (process == processes - 1)
-    return embedding.index
+def write_embeddings(encoder, source, out, texts=False, **changes):
+    """Write an index as the command does, in this process; return its index.json."""
+    data = encoder.config.data
+    settings = {"rows_per_part": 10, "batch_size": BATCH, **changes}
+    opened = embed.open_source(source, data, texts)
+    return embed.write_index(encoder, "a model", opened, data, out, name=source, texts=texts, **settings)
 
 
 def embedded_rows(folder):

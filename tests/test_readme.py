@@ -27,7 +27,10 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 SETTINGS = config_check.flatten(config_lib.Config())
 INVENTED = ("configs/RECIPE.py", "configs/flip_b32.py")  # a placeholder, and the example of docs/extend.md
 # Programs of others, whose options cannot be checked here.
-OTHERS = "clip_benchmark_export_wds curl docker img2dataset pre-commit ssh-add tensorboard tfds wandb xprof".split()
+OTHERS = (
+    "clip_benchmark_export_wds curl docker gcloud helm img2dataset kubectl pre-commit ray srun ssh-add tensorboard "
+    "tfds wandb xprof"
+).split()
 
 
 def commands(page):

@@ -9,30 +9,29 @@ or an image.
 import argparse
 import collections
 import dataclasses
-import itertools
+import functools
 import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from flip_jax import inference, lock, runtime
+from flip_jax import checkpoint, inference, lock, runtime, saved_config
 from flip_jax.config import DataConfig
-from flip_jax.data import sources, transforms
+from flip_jax.data import sources
 from flip_jax.data.records import CHUNK, END, Pick, Record
 from flip_jax.runtime import UserError
 from flip_jax.tools import index as index_lib
-from flip_jax.tools import options
+from flip_jax.tools import options, units
+from flip_jax.tools.embed_parts import Parts
+from flip_jax.tools.source_units import SourceUnits
+from flip_jax.tools.unit_workers import ENDS, Watch, gpus
 
 EXAMPLE = "flip embed --model=runs/b16 --source='webdataset:/data/pairs/{00000..00127}.tar' --out=index"
-
-IN_FLIGHT = 2  # batches queued on the devices before the first is waited for
 
 
 class Lines:
@@ -75,41 +74,16 @@ def open_source(source: str, data: DataConfig, texts: bool) -> Any:
     return sources.open_source(source, data, "--source")
 
 
-class Place(NamedTuple):
-    """A record and where it is in its source; the last of a part has `ends`: (part, offset of the next part)."""
+class Embedding(Parts):
+    """The folder OUT, its index.json, and the parts to be written to it."""
 
-    record: Record
-    item: int
-    offset: int
-    ends: tuple[str, int] | None = None
-
-
-class Embedding:
-    """The folder OUT and the parts to be written to it.
-
-    A unit of work is one shard, or `rows_per_part` records of a source without shards; a part holds at most
-    `rows_per_part` records of one unit and stores where the next begins. So the files do not depend on the number of
-    processes, and nothing is read twice.
-    """
-
-    def __init__(
-        self,
-        out: pathlib.Path,
-        source: Any,
-        data: DataConfig,
-        identity: dict[str, Any],
-        model: str,
-        process: int = 0,
-    ):
+    def __init__(self, out: pathlib.Path, source: SourceUnits, data: DataConfig, identity: dict[str, Any], model: str):
         """`identity` is what must agree before an earlier run in `out` is resumed."""
-        self._out, self._source, self._data, self._process = out, source, data, process
-        self._rows, self._texts = identity["rows_per_part"], identity["embedded"] == "texts"
-        self._dtype = identity["dtype"]
-        if not len(source):
+        super().__init__(out, source, data, identity)
+        if not source.items:
             raise UserError(f"--source {identity['source']!r} is empty")
-        self.units = len(source) if source.at_once == 1 else -(-len(source) // self._rows)
         options.make_folder("--out", out)
-        names = {name for name in os.listdir(out) if not name.endswith(".new") and not name.startswith(lock.NAME)}
+        names = {name for name in os.listdir(out) if not name.endswith(".new") and name != lock.NAME}
         if index_lib.INDEX in names:
             self.index = index_lib.read_index(out / index_lib.INDEX)
             for key, ours in identity.items():
@@ -124,106 +98,32 @@ class Embedding:
             self.index = {"model": model, **identity}
             self._write_index()
 
-    def run(self, encoder: inference.Encoder, units: Sequence[int], batch_size: int) -> None:
-        """Write the missing parts of these units."""
-        size = encoder.config.model.image.image_size
-
-        def prepare(place):
-            """Return (texts, image or text) of each row, or the kind of a bad record."""
-            record = place.record
-            if "bad" in record:
-                return record["bad"]
-            if self._texts:
-                return [([text], text) for text in record["texts"]] or "no text"
-            try:
-                return [(record["texts"], transforms.decode(record["image"], size, self._data))]
-            except transforms.BadImage as error:
-                return str(error)
-
-        batches = _Batches(encoder, self._texts, batch_size)
-        columns, bad, read = collections.defaultdict(list), [], 0
-        todo = [unit for unit in units if self._written(unit)[1] != END]
-        if len(todo) < len(units):
-            print(f"{self._out} already holds {len(units) - len(todo)} of {len(units)} units of work")
-        with ThreadPoolExecutor() as pool, tqdm(unit=" records", mininterval=1) as bar:
-            places = self._places(todo, bar)
-            for (record, item, offset, ends), prepared in _ahead(pool, prepare, places, 2 * batch_size):
-                read += 1
-                bar.update()
-                if isinstance(prepared, str):
-                    bad.append((record["key"], prepared))
-                    prepared = []
-                for texts, value in prepared:
-                    for name, cell in (("key", record["key"]), ("texts", texts), ("item", item), ("offset", offset)):
-                        columns[name].append(cell)
-                    batches.add(value)
-                if ends:
-                    self._write(ends[0], columns, batches.take(), {"next": ends[1], "read": read, "bad": bad})
-                    columns, bad, read = collections.defaultdict(list), [], 0
-
-    def _places(self, units, bar):
-        """Yield the records of the missing parts of these units, and keep the progress bar's total up to date."""
-        for done, unit in enumerate(units):
-            # A shard's size is unknown until it is read: extrapolate from those read so far.
-            bar.total = round(bar.n / done * len(units)) if done else None
-            items = [unit]
-            if self._source.at_once > 1:
-                items = self._records(unit)
-                bar.total = sum(map(len, map(self._records, units)))
-            first, offset = self._written(unit)
-            found = itertools.chain(self._unit(items, offset), [None])
-            for i, (place, following) in enumerate(itertools.pairwise(found), 1):
-                if i % self._rows and following:
-                    yield place
-                else:
-                    name = index_lib.part_name(unit, first + (i - 1) // self._rows)
-                    yield place._replace(ends=(name, following.offset if following else END))
-
-    def _records(self, unit):
-        """Return the items of a unit of a source without shards."""
-        return range(unit * self._rows, min((unit + 1) * self._rows, len(self._source)))
-
-    def _unit(self, items, offset):
-        """Yield the records of a shard from an offset on, or of several items of one record each."""
-        items = iter(items)
-        while some := list(itertools.islice(items, self._source.at_once)):
-            found = self._source.read([(item, 0) for item in some], offset)
-            if self._source.at_once > 1:
-                yield from (Place(record, item, 0) for item, (record, _) in zip(some, found, strict=True))
-                continue
-            for record, after in found:
-                yield Place(record, some[0], offset)
-                offset = after
-
-    def _written(self, unit):
-        """Return (number of parts, offset of the next one) of a unit."""
-        offset = 0
-        for block in itertools.count():
-            path = index_lib.part_path(self._out, index_lib.part_name(unit, block))
-            if offset == END or not path.exists():
-                return block, offset
-            offset = index_lib.part_info(path)["next"]
-
-    def _write(self, name, columns, embedding_RxE, meta):
-        if not np.isfinite(embedding_RxE).all():
-            raise UserError(f"{name}: the model's embeddings are not finite: use an earlier step of the run")
-        path = index_lib.part_path(self._out, name)
-        index_lib.write_part(path, columns, embedding_RxE.astype(self._dtype), meta, self._process)
+    def run(self, crew: units.Crew) -> None:
+        """Let workers write what is missing, then complete index.json."""
+        present = set(os.listdir(self._out))
+        first = [index_lib.part_path(self._out, index_lib.part_name(unit, 0)).name for unit in range(len(self._source))]
+        todo = [unit for unit, name in enumerate(first) if name not in present or self.written(unit)[1] != END]
+        if len(todo) < len(first):
+            print(f"{self._out} already holds {len(first) - len(todo)} of {len(first)} units of work")
+        for unit in crew.run(todo, lambda *_: None):
+            block, _ = self.written(unit)
+            nothing = np.zeros((0, self.index["embed_dim"]), np.float32)
+            meta = {"next": END, "read": 1, "bad": [(self._source.describe(unit), ENDS)]}
+            self.save(index_lib.part_name(unit, block), collections.defaultdict(list), nothing, meta)
+        self._finish()
 
     def _write_index(self):
-        content = json.dumps(self.index, indent=1) + "\n"
-        index_lib.write_text(self._out / index_lib.INDEX, content, self._process)
+        index_lib.write_text(self._out / index_lib.INDEX, json.dumps(self.index, indent=1) + "\n")
 
-    def finish(self) -> bool:
-        """Complete index.json if all units of all processes are written; return whether they are."""
+    def _finish(self):
         parts, bad, read = {}, [], 0
-        for unit in range(self.units):
-            blocks, offset = self._written(unit)
-            if offset != END:
-                return False
-            for block in range(blocks):
+        for unit in range(len(self._source)):
+            for block in range(self.written(unit)[0]):
                 name = index_lib.part_name(unit, block)
-                meta = index_lib.part_info(index_lib.part_path(self._out, name))
+                path = index_lib.part_path(self._out, name)
+                if not path.exists():
+                    raise UserError(f"--out {str(self._out)!r} must be a folder that all nodes share")
+                meta = index_lib.part_info(path)
                 parts[name] = meta["rows"]
                 bad += meta["bad"]
                 read += meta["read"]
@@ -232,14 +132,70 @@ class Embedding:
             raise UserError(f"none of the {read} records of {self.index['source']!r} can be used: {kinds}")
         if bad:
             lines = "".join(json.dumps({"key": key, "bad": kind}) + "\n" for key, kind in bad)
-            index_lib.write_text(self._out / index_lib.BAD, lines, self._process)
+            index_lib.write_text(self._out / index_lib.BAD, lines)
         self.index |= {"rows": sum(parts.values()), "read": read, "bad": kinds, "parts": parts}
         self._write_index()
-        return True
+
+
+IDENTITY = "identity"  # the unit that says what the model is
+
+
+class EmbedJob(units.Job):
+    """Embeds units by a model, which workers load once each; those of this machine share its GPUs."""
+
+    uses_model = True
+
+    def __init__(
+        self,
+        encoder: inference.Encoder | None,
+        model: str,
+        source: SourceUnits,
+        data: DataConfig,
+        out: pathlib.Path,
+        settings: dict[str, Any],
+        batch_size: int,
+    ):
+        self._encoder, self._model, self._source, self._batch_size = encoder, model, source, batch_size
+        self._parts = Parts(out, source, data, settings)
+
+    def open(self) -> None:
+        """Load the model and open the source."""
+        if not self._encoder:
+            runtime.enable_compile_cache()
+            self._encoder = load(self._model)
+        self._source.open()
+
+    def name(self, unit: Any) -> str:
+        """Say which unit it is."""
+        return unit if unit == IDENTITY else self._source.describe(unit)
+
+    def payload(self, unit: Any) -> Any:
+        """Return the rows of a table."""
+        return None if unit == IDENTITY else self._source.payload(unit)
+
+    def do(self, unit: Any, payload: Any, watch: Watch) -> dict[str, Any]:
+        """Write the parts of a unit."""
+        if unit == IDENTITY:
+            return {"embed_dim": self._encoder.config.model.embed_dim, **index_lib.identity(self._encoder)}
+        return {"read": self._parts.write(self._encoder, unit, payload, watch, self._batch_size)}
+
+
+def load(model: str) -> inference.Encoder:
+    """Load a model with both towers; UserError if it has one, or does not fit into memory."""
+    try:
+        encoder = inference.load(model)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"--model {model!r} does not fit into a worker's device: use fewer --workers per GPU"
+        ) from error
+    index_lib.refuse_classifier(encoder)
+    return encoder
 
 
 def write_index(
-    encoder: inference.Encoder,
+    encoder: inference.Encoder | None,
     model: str,
     source: Any,
     data: DataConfig,
@@ -250,73 +206,35 @@ def write_index(
     dtype: str = "float32",
     rows_per_part: int = 10_000,
     batch_size: int = 256,
-    process: int = 0,
-    processes: int = 1,
-) -> dict[str, Any] | None:
-    """Embed a source, or one process's share of it, into the folder `out`; resume if it was started.
+    workers: int = 0,
+    ray: str = "",
+) -> dict[str, Any]:
+    """Embed a source into the folder `out`; resume if it was started.
 
-    `name` and `model` are what index.json calls the source and the model's folder. Returns the contents of index.json,
-    or None while other processes have parts to write.
+    Workers load the model themselves; without workers it is done here, by `encoder`. `name` is what index.json calls
+    the source. Returns the contents of index.json.
 
     Raises:
       UserError: `out` holds something else, or no record can be used.
     """
-    identity = {
+    settings = {
         "source": name,
         "items": len(source),
         "embedded": "texts" if texts else "images",
         "dtype": dtype,
-        "embed_dim": encoder.config.model.embed_dim,
         "rows_per_part": rows_per_part,
-        **index_lib.identity(encoder),
     }
-    embedding = Embedding(out, source, data, identity, os.path.abspath(model), process)
-    embedding.run(encoder, range(process, embedding.units, processes), batch_size)
-    return embedding.index if embedding.finish() else None
-
-
-class _Batches:
-    """Embeds images or texts in batches of one shape; a few are on the devices while the next is prepared."""
-
-    def __init__(self, encoder, texts, batch_size):
-        self._encoder, self._texts, self._size = encoder, texts, batch_size
-        self._waiting, self._flying, self._done = [], [], []
-
-    def add(self, value):
-        self._waiting.append(value)
-        if len(self._waiting) == self._size:
-            self._start()
-
-    def take(self):
-        """Return the embeddings of everything added since the last call, [rows, embed_dim] f32."""
-        rows = self._size * (len(self._done) + len(self._flying)) + len(self._waiting)
-        if self._waiting:
-            self._start()
-        done = self._done + [np.asarray(array) for array in self._flying]
-        self._flying, self._done = [], []
-        width = self._encoder.config.model.embed_dim
-        return np.concatenate([np.zeros((0, width), np.float32), *done])[:rows]
-
-    def _start(self):
-        blank = "" if self._texts else np.zeros_like(self._waiting[0])
-        batch = self._waiting + [blank] * (self._size - len(self._waiting))
-        encode = self._encoder.encode_text if self._texts else self._encoder.encode_image
-        self._flying.append(encode(batch if self._texts else np.stack(batch)))
-        self._waiting = []
-        if len(self._flying) > IN_FLIGHT:
-            self._done.append(np.asarray(self._flying.pop(0)))
-
-
-def _ahead(pool: Executor, function: Any, values: Iterator[Any], count: int) -> Iterator[tuple[Any, Any]]:
-    """Yield (value, function of it) in order, computing up to `count` of them ahead."""
-    waiting = collections.deque()
-    for value in values:
-        waiting.append((value, pool.submit(function, value)))
-        if len(waiting) > count:
-            value, future = waiting.popleft()
-            yield value, future.result()
-    for value, future in waiting:
-        yield value, future.result()
+    reopen = functools.partial(Lines, name) if isinstance(source, Lines) else None
+    cut = SourceUnits(name, source, data, rows_per_part, reopen)
+    if not len(cut):
+        raise UserError(f"--source {name!r} is empty")
+    with units.Crew(EmbedJob(encoder, model, cut, data, out, settings, batch_size), workers, ray) as crew:
+        found: dict[str, Any] = {}
+        if crew.run([IDENTITY], lambda _, identity: found.update(identity), quiet=True):
+            raise UserError(f"--model {model!r} ends every worker that loads it: it may not fit into memory")
+        embedding = Embedding(out, cut, data, settings | found, os.path.abspath(model))
+        embedding.run(crew)
+    return embedding.index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -335,29 +253,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=options.positive, default=256, metavar="N", help="encoded together (default: 256)"
     )
     options.add_tfds_dir(parser)
-    parser.add_argument("--num_processes", type=options.positive, metavar="N", help="processes that share the work")
-    parser.add_argument("--process_id", type=int, metavar="I", help="this process, from 0, with --num_processes")
+    units.add_arguments(parser, "one per GPU, or one")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `flip embed`."""
-    runtime.enable_compile_cache()
-    process, processes = arguments.process_id, arguments.num_processes
-    if (process is None) != (processes is None) or (processes is not None and not 0 <= process < processes):
-        raise UserError(f"--process_id must be in [0, --num_processes), got {process} and {processes}")
-    encoder = inference.load(arguments.model)
-    index_lib.refuse_classifier(encoder)
-    if processes is None:  # on a TPU pod JAX knows them
-        process, processes = jax.process_index(), jax.process_count()
-    data = encoder.config.data
+    jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
+    try:
+        data = saved_config.read(checkpoint.newest(arguments.model)).data
+    except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
+        raise UserError(
+            f"--model {arguments.model!r} cannot be read: {error}; check the path and its credentials"
+        ) from error
     if arguments.tfds_dir:
         data = dataclasses.replace(data, tfds_dir=arguments.tfds_dir)
-    own = arguments.out / f"{lock.NAME}-{process}"  # each process writes parts of its own
-    with lock.hold(own, f"--out {str(arguments.out)!r}"):
+    source = open_source(arguments.source, data, arguments.texts)
+    with lock.hold(arguments.out / lock.NAME, f"--out {str(arguments.out)!r}"):
         index = write_index(
-            encoder,
+            None,
             arguments.model,
-            open_source(arguments.source, data, arguments.texts),
+            source,
             data,
             arguments.out,
             name=arguments.source,
@@ -365,12 +280,9 @@ def main(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             rows_per_part=arguments.rows,
             batch_size=arguments.batch_size,
-            process=process,
-            processes=processes,
+            workers=arguments.workers or (0 if arguments.ray else max(1, len(gpus()))),
+            ray=arguments.ray,
         )
-    if not index:
-        print(f"{arguments.out}: the share of process {process} is done; other processes are still writing")
-        return
     counts = f"{index['rows']} {index['embedded']} of {index['read']} records in {len(index['parts'])} parts"
     print(f"{arguments.out}: {counts}")
     for kind, count in index["bad"].items():

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -61,27 +62,27 @@ def part_path(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / f"{name}.parquet"
 
 
-def temporary(path: pathlib.Path, writer: int) -> pathlib.Path:
-    """Return where one of several processes writes a file before it moves it into place."""
-    return path.with_name(f".{path.name}.{writer}.new")
+def temporary(path: pathlib.Path) -> pathlib.Path:
+    """Return where a process writes a file before it moves it into place; no other process writes there."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.new")
 
 
-def write_text(path: pathlib.Path, text: str, writer: int) -> None:
+def write_text(path: pathlib.Path, text: str) -> None:
     """Write a file atomically."""
-    new = temporary(path, writer)
+    new = temporary(path)
     new.write_text(text)
     os.replace(new, path)
 
 
 def write_part(
-    path: pathlib.Path, columns: dict[str, list[Any]], embedding_RxE: np.ndarray, meta: dict[str, Any], writer: int
+    path: pathlib.Path, columns: dict[str, list[Any]], embedding_RxE: np.ndarray, meta: dict[str, Any]
 ) -> None:
     """Write a part atomically; `meta` is what `part_info` returns, without the number of rows."""
     table = pa.table({name: pa.array(columns[name], kind) for name, kind in COLUMNS.items()})
     flat = pa.array(embedding_RxE.reshape(-1))
     table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, embedding_RxE.shape[1]))
     table = table.replace_schema_metadata({_META: json.dumps({"rows": len(table), **meta})})
-    new = temporary(path, writer)
+    new = temporary(path)
     parquet.write_table(table, new, row_group_size=CHUNK * CHUNK, compression="zstd", use_dictionary=False)
     os.replace(new, path)
 

@@ -5,24 +5,22 @@ sizes, caption lengths and the rate, and writes a grid of random images to inspe
 """
 
 import argparse
-import io
+import contextlib
 import pathlib
-import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
 from flip_jax import runtime
 from flip_jax.config import DataConfig
 from flip_jax.data import records, sources, transforms
-from flip_jax.tools import drawing, options
+from flip_jax.tools import options, units
+from flip_jax.tools.removed import priority
+from flip_jax.tools.source_units import SourceUnits
+from flip_jax.tools.unit_workers import Watch
 
 EXAMPLE = "flip inspect 'webdataset:/data/pairs/{00000..00127}.tar' --out=report"
 
@@ -30,28 +28,7 @@ SIZE = 128  # pixels of an image in the grid
 ROWS, COLUMNS = 4, 6
 BINS = 60  # of the histogram, at most
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
-CHUNK = 256  # records decoded together
 GRID_FILE = "inspection.png"
-
-
-def each(
-    source: Any, function: Callable[[records.Record], Any], first: int = 0, read: int = 0, limit: int | None = None
-) -> Iterator[tuple[int, Any]]:
-    """Apply a function to each record from item `first` on, in order, in parallel, under a progress bar.
-
-    Yields (number of finished items, result); `read` is the number of records before `first`.
-    """
-    total = limit or (None if not first else round(read / first * len(source)))
-    with ThreadPoolExecutor() as pool, tqdm(total=total, initial=read, unit=" records", mininterval=1) as bar:
-        for item in range(first, len(source), source.at_once):
-            items = range(item, min(item + source.at_once, len(source)))
-            found = sources.in_order(source, iter(items))
-            while chunk := records.take(found, min(CHUNK, limit - bar.n) if limit else CHUNK):
-                for result in pool.map(function, chunk):
-                    yield item, result
-                bar.update(len(chunk))
-            # An item may be one record or a shard of thousands: extrapolate the total from those read so far.
-            bar.total = limit or round(bar.n / items.stop * len(source))
 
 
 def decode(record: records.Record, size: int, data: DataConfig) -> np.ndarray:
@@ -64,53 +41,81 @@ def decode(record: records.Record, size: int, data: DataConfig) -> np.ndarray:
 
 
 class Summary:
-    """Counts of the records it was given; its memory does not grow with their number."""
+    """Counts of the records it was given; its memory does not grow with their number.
+
+    It is the same in whatever order units are merged: examples are the first of the source, and the records to be shown
+    those with the least random numbers of their own.
+    """
 
     def __init__(self):
         self.read = self.labelled = 0
         self.bad: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-        self.origins: Counter[str] = Counter()  # images by the column, key or file that their captions come from
-        self.origin_examples: dict[str, str] = {}
+        self.examples: dict[str, list[Any]] = {}  # of each kind of bad record the first: unit, number, key
+        self.origins: Counter[Any] = Counter()  # images by the column, key or file that their captions come from
+        self.origin_examples: dict[Any, list[Any]] = {}  # the first of each: unit, number, caption
+        self.ignored: Counter[str] = Counter()
         self.notes: list[str] = []
         self.formats: Counter[str] = Counter()
         names = ("width (pixels)", "height (pixels)", "bytes", "caption length")
         self.counts: dict[str, Counter[int]] = {name: Counter() for name in names}
-        self.shown: list[drawing.Tile] = []  # a random sample of captions and images
-        self._random = random.Random(0)
+        self.shown: list[list[int]] = []  # a random sample: random number, item and offset in the source
 
     @property
     def usable(self) -> int:
         """The number of records that training can use."""
         return self.read - self.bad.total()
 
-    def add(self, record: records.Record, bad: str, image_format: str, size: tuple[int, int], pixels: Any) -> None:
-        """Count a record; its image is described by the other arguments unless `bad` names what is wrong."""
+    def add(self, unit: int, number: int, place: Any, bad: str, image: Any) -> None:
+        """Count a record, whose opened image is given unless `bad` names what is wrong."""
         self.read += 1
+        record = place.record
         if bad:
             self.bad[bad] += 1
-            self.examples.setdefault(bad, record["key"])
+            self.examples.setdefault(bad, [unit, number, record["key"]])
             return
-        self.formats[image_format] += 1
+        self.formats[image.format] += 1
         self.labelled += record["label"] is not None
-        for counter, value in zip(self.counts.values(), (*size, len(record["image"])), strict=False):
+        for counter, value in zip(self.counts.values(), (*image.size, len(record["image"])), strict=False):
             counter[value] += 1
         self.counts["caption length"].update(map(len, record["texts"]))
-        # Reservoir sampling: every usable record is equally likely to be shown.
-        place = len(self.shown) if len(self.shown) < ROWS * COLUMNS else self._random.randrange(self.usable)
-        if place < ROWS * COLUMNS:
-            label = "" if record["label"] is None else f"class {record['label']}"
-            self.shown[place : place + 1] = [(" | ".join(record["texts"]) or label, pixels)]
+        if record["texts"]:
+            origin = record.get("caption", -1)
+            self.origins[origin] += 1
+            self.origin_examples.setdefault(origin, [unit, number, record["texts"][0][:100]])
+        self._show([[priority(unit, number), place.item, place.offset]])
+
+    def _show(self, some):
+        if len(self.shown) < ROWS * COLUMNS or min(some) < self.shown[-1]:
+            self.shown = sorted(self.shown + some)[: ROWS * COLUMNS]
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add the counts of a unit, as `plain` gives them."""
+        self.read, self.labelled = self.read + other["read"], self.labelled + other["labelled"]
+        for name in ("bad", "origins", "ignored", "formats"):
+            getattr(self, name).update(other[name])
+        for name, counts in other["counts"].items():
+            self.counts[name].update(counts)
+        for name in ("examples", "origin_examples"):
+            mine = getattr(self, name)
+            for kind, example in other[name].items():
+                mine[kind] = min(mine.get(kind, example), example)
+        if other["shown"]:
+            self._show(other["shown"])
+
+    def plain(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        counters = {name: dict(value) for name, value in vars(self).items() if isinstance(value, Counter)}
+        return vars(self) | counters | {"counts": {name: dict(counter) for name, counter in self.counts.items()}}
 
     def __str__(self) -> str:
         captions = self.counts["caption length"]
         lines = [f"{self.read} records read: {self.usable} usable, {self.bad.total()} bad"]
-        lines += [f"  bad: {count} {kind}, first {self.examples[kind]}" for kind, count in self.bad.most_common()]
+        lines += [f"  bad: {count} {kind}, first {self.examples[kind][2]}" for kind, count in ordered(self.bad)]
         lines += [f"{captions.total()} captions, {self.labelled} class labels"]
-        for name, count in self.origins.most_common():
-            lines += [f"  captions of {count} images come from {name}, such as {self.origin_examples[name]!r}"]
+        for name, count in ordered(self.origins):
+            lines += [f"  captions of {count} images come from {name}, such as {self.origin_examples[name][2]!r}"]
         lines += self.notes
-        lines += [f"formats: {', '.join(f'{count} {name}' for name, count in self.formats.most_common())}"]
+        lines += [f"formats: {', '.join(f'{count} {name}' for name, count in ordered(self.formats))}"]
         lines += [f"{'quantile':16}" + "".join(f"{q:>9.0%}" for q in QUANTILES)]
         for name, counter in self.counts.items():
             if counter:
@@ -123,12 +128,22 @@ class Summary:
             lines += [f"{f'{2**i // 2} to {2**i - 1} characters':>24} {bins[i]:>9} {bar}"]
         return "\n".join(lines)
 
-    def draw(self, path: pathlib.Path) -> None:
-        """Write a PNG of the sampled images with their captions, above a histogram of caption lengths."""
+    def draw(self, path: pathlib.Path, source: Any, data: DataConfig) -> None:
+        """Write a PNG of the sampled images, which are read again, with captions, and a histogram of their lengths."""
+        from matplotlib.figure import Figure  # slow to import, and workers need none
+
+        from flip_jax.tools import drawing
+
+        shown: list[drawing.Tile] = []
+        for _, item, offset in self.shown:
+            record, _ = next(source.read([(item, 0)], offset))
+            label = "" if record.get("label") is None else f"class {record['label']}"
+            with contextlib.suppress(transforms.BadImage):  # the source has changed meanwhile
+                shown.append((" | ".join(record.get("texts", ())) or label, decode(record, SIZE, data)))
         figure = Figure(figsize=(12, 12), layout="constrained")
         images, below = figure.subfigures(2, 1, height_ratios=(ROWS, 1))  # type: ignore[misc]
         starts = range(0, ROWS * COLUMNS, COLUMNS)
-        drawing.grid(images, [self.shown[start : start + COLUMNS] for start in starts], COLUMNS)
+        drawing.grid(images, [shown[start : start + COLUMNS] for start in starts], COLUMNS)
         axes = below.subplots()
         lengths = self.counts["caption length"]
         # Bins of equally many whole numbers: otherwise some would hold one length more than their neighbours.
@@ -139,6 +154,11 @@ class Summary:
         drawing.save(figure, path)
 
 
+def ordered(counter: Counter[str]) -> list[tuple[str, int]]:
+    """Return names and counts, the largest first; ties by name, so that they do not depend on the order of units."""
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+
+
 def quantiles(counter: Counter[int]) -> list[int]:
     """Return the `QUANTILES` of values counted by a counter; each is a value that occurred, none is interpolated."""
     values = sorted(counter)
@@ -146,29 +166,67 @@ def quantiles(counter: Counter[int]) -> list[int]:
     return [values[np.searchsorted(ranks, max(1, q * ranks[-1]))] for q in QUANTILES]
 
 
-def inspect(source: Any, data: DataConfig, limit: int | None = None) -> Summary:
-    """Summarise a source, or its first `limit` records, in one pass."""
+class Inspection(units.Job):
+    """Decodes every record of a unit, as training would, and counts."""
 
-    def look(record):
-        try:
-            pixels = decode(record, SIZE, data)
-        except transforms.BadImage as error:
-            return record, str(error), "", (0, 0), None
-        image = Image.open(io.BytesIO(record["image"]), formats=transforms.FORMATS)
-        return record, "", image.format, image.size, pixels
+    def __init__(self, source: SourceUnits, data: DataConfig):
+        self._source, self._data = source, data
 
-    summary = Summary()
-    for _, looked_at in each(source, look, limit=limit):
-        summary.add(*looked_at)
-        record, bad = looked_at[:2]
-        if not bad and record["texts"]:
-            name = sources.caption_name(source, record) or "the source"
-            summary.origins[name] += 1
-            summary.origin_examples.setdefault(name, record["texts"][0][:100])
-    if not summary.origins and (columns := getattr(source, "without_captions", "")):
+    def open(self) -> None:
+        """Open the source."""
+        self._source.open()
+
+    def name(self, unit: int) -> str:
+        """Say which unit it is."""
+        return self._source.describe(unit)
+
+    def payload(self, unit: int) -> Any:
+        """Return the rows of a table."""
+        return self._source.payload(unit)
+
+    def do(self, unit: int, payload: Any, watch: Watch, limit: int | None = None) -> dict[str, Any]:
+        """Return the `Summary` of a unit, or of its first `limit` records."""
+        summary = Summary()
+        if ignored := getattr(self._source.source, "ignored", None):
+            ignored.clear()  # of the units before
+        for number, place in watch(self._source.read(unit, payload)):
+            if limit is not None and number == limit:
+                break
+            bad, image = "", None
+            try:
+                decode(place.record, SIZE, self._data)
+                image = transforms.open_image(place.record["image"], self._data)
+            except transforms.BadImage as error:
+                bad = str(error)
+            summary.add(unit, number, place, bad, image)
+        summary.ignored.update(getattr(self._source.source, "ignored", {}))
+        return summary.plain()
+
+
+def inspect(
+    source: SourceUnits, data: DataConfig, limit: int | None = None, workers: int = 0, ray: str = ""
+) -> Summary:
+    """Summarise a source by workers, or without them; or its first `limit` records."""
+    job, summary = Inspection(source, data), Summary()
+    if limit:
+        with tqdm(total=limit, unit=" records", mininterval=1) as bar:
+            for unit in range(len(source)):
+                if summary.read < limit:
+                    summary.merge(job.do(unit, job.payload(unit), Watch(), limit - summary.read))
+                    bar.update(summary.read - bar.n)
+    else:
+        with units.Crew(job, workers, ray) as crew:
+            skipped = crew.run(range(len(source)), lambda _, found: summary.merge(found))
+        summary.notes += [
+            f"  skipped: {job.name(unit)}: it ends its worker ({cause})" for unit, cause in skipped.items()
+        ]
+    opened = source.source
+    named = lambda place: sources.caption_name(opened, {"caption": place}) or "the source"  # noqa: E731
+    summary.origin_examples = {named(place): example for place, example in sorted(summary.origin_examples.items())}
+    summary.origins = Counter({named(place): count for place, count in summary.origins.items()})
+    if not summary.origins and (columns := getattr(opened, "without_captions", "")):
         summary.notes += [f"  no captions in config.data.captions ({', '.join(data.captions)}); has {columns}"]
-    ignored = getattr(source, "ignored", {})
-    summary.notes += [f"  ignored: {count} {kind}" for kind, count in ignored.items()]
+    summary.notes += [f"  ignored: {count} {kind}" for kind, count in ordered(summary.ignored)]
     return summary
 
 
@@ -194,17 +252,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, default=".", metavar="DIR", help=f"folder for {GRID_FILE} (default: .)"
     )
-    parser.add_argument("--limit", type=options.positive, metavar="N", help="read the first N records only")
+    parser.add_argument(
+        "--limit", type=options.positive, metavar="N", help="read the first N records only, in this process"
+    )
     add_reading(parser)
+    units.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `flip inspect`."""
     options.require(arguments, "source")
     source, data = open_source(arguments)
+    cut = SourceUnits(arguments.source, source, data)
     options.make_folder("--out", arguments.out)
-    start = time.perf_counter()
-    summary = inspect(source, data, arguments.limit)
+    workers, start = units.count(arguments, len(cut)), time.perf_counter()
+    summary = inspect(cut, data, arguments.limit, workers, arguments.ray)
     rate = summary.read / (time.perf_counter() - start)
-    summary.draw(arguments.out / GRID_FILE)
+    summary.draw(arguments.out / GRID_FILE, source, data)
     print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}")

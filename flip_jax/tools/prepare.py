@@ -1,181 +1,222 @@
 """Rewrite a data set as evenly filled, shuffled webdataset shards.
 
-Use it for data sets with fewer shards than training processes, for lists of paths, and for data in an order that a
-shuffle window cannot undo. Records that cannot be used are counted and skipped. Images are copied unchanged; with
---shortest_side=PX larger ones are reduced and written as JPEG. After an interruption the same command resumes, and
-writes the same bytes.
+Use it for data sets with fewer shards than training processes, for lists of paths, for data in an order that a shuffle
+window cannot undo, and to remove what training should not see. Images are copied unchanged; with --shortest_side=PX
+larger ones are reduced and written as JPEG. Records that cannot be used are counted and skipped, and OUT/removed.html
+shows what was not written. After an interruption the same command resumes, and writes the same bytes.
 """
 
 import argparse
+import functools
+import hashlib
 import io
 import json
 import os
 import pathlib
 import random
+import shutil
 import tarfile
-from collections import Counter
-from itertools import groupby
+import tempfile
 from typing import Any
 
+import msgpack
+import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from flip_jax import lock
 from flip_jax.config import DataConfig
 from flip_jax.data import records, transforms
 from flip_jax.runtime import UserError
-from flip_jax.tools import inspect, options
+from flip_jax.tools import dedup, filters, inspect, options, spill, units
+from flip_jax.tools.removed import Examples, page, priority
+from flip_jax.tools.source_units import SourceUnits
 
-EXAMPLE = "flip prepare csv:/data/pairs.csv /data/pairs --shards=256 --shortest_side=256"
+EXAMPLE = "flip prepare csv:/data/pairs.csv /data/pairs --shards=256 --shortest_side=256 --workers=8"
 
-HELD = 2**28  # bytes held in memory before they are written
+SETTINGS, WORK, PAGE = "prepare.json", "work", "removed.html"
+PLAN = ("before", "blocks")  # of the plan: the number of records read before each unit, and all blocks
 DECODED = 64  # pixels of the image that is decoded to see whether training can use it
 QUALITY, MAX_SIDE = 95, 65_500  # of a JPEG; libjpeg refuses longer sides
 
 
-class Preparation:
-    """The folder OUT: progress.json, and for each shard a part (records in source order), then the tar (shuffled).
+class Preparation(units.Job):
+    """The passes over a source, whose units are (name of the pass, number).
 
-    Each block of N consecutive records gives one record to each of the N shards, in a random order. So shard sizes
-    differ by at most one record, without counting the records first and without holding many in memory.
+    "filter" reads a unit of the source and writes what is kept to a file, in a random order, with images already
+    reduced. "find" finds duplicates among a range of hashes, and "keep" joins those of a unit. Then it is known how
+    many records each file gives, and "write" gathers a shard from all files. So every record is read, decoded and
+    encoded once, and nothing depends on who does what when.
     """
 
-    def __init__(self, out: pathlib.Path, settings: dict[str, Any]):
-        self.out, self.settings, self.shards = out, settings, settings["shards"]
-        self.items = self.read = self.written = 0  # finished items of the source; records
-        self.bad: Counter[str] = Counter()
-        self._saved = [0] * self.shards  # bytes of each part
-        self._held = [bytearray() for _ in range(self.shards)]
-        self._unsaved = self._in_memory = 0  # bytes
-        self._block, self._order = -1, []  # the current N records, and the shards they go to
-        self._file = out / "progress.json"
-        if self._file.exists():
-            saved = json.loads(self._file.read_text())
-            earlier = saved["settings"]
-            if changed := [name for name in settings if earlier.get(name) != settings[name]]:
-                then, now = (
-                    ", ".join(f"{name} {part.get(name)!r}" for name in changed) for part in (earlier, settings)
-                )
-                raise UserError(f"--out {str(out)!r} was started with {then}, not {now}: use another folder")
-            self.items, self.read, self.written = saved["items"], saved["read"], saved["written"]
-            self.bad, self._saved = Counter(saved["bad"]), saved["part_bytes"]
-        else:
-            options.make_folder("--out", out)
-            if set(os.listdir(out)) - {"progress.new", lock.NAME}:
-                raise UserError(f"--out {str(out)!r} is not empty and not from this command: use another folder")
-            self._save()
+    def __init__(self, source: SourceUnits, data: DataConfig, out: pathlib.Path, settings: dict[str, Any]):
+        self.source, self.data, self.out = source, data, out
+        self.settings = dict.fromkeys(filters.NAMES) | settings
+        self.work, self.shards = out / WORK, settings["shards"]
+        self.uses_model = self.settings["min_score"] is not None
+        self.sizes: dict[str, Any] = {"write": None}  # what the units of the later passes need to know
 
-    def deal(self, source: Any, data: DataConfig) -> None:
-        """Append the records of the source to the parts, from where progress.json stopped."""
-        for shard, size in enumerate(self._saved):
-            if size:
-                os.truncate(self._part(shard, at_least=size), size)
-            else:
-                self._part(shard).unlink(missing_ok=True)
+    def open(self) -> None:
+        """Open the source."""
+        self.source.open()
 
-        def pack(record):
-            try:
-                return members(record, self.settings["shortest_side"], data)
-            except transforms.BadImage as error:
-                return str(error)
+    @functools.cached_property
+    def _scorer(self):
+        return filters.Scorer(self.settings["model"]) if self.uses_model else None
 
-        for item, packed in inspect.each(source, pack, self.items, self.read):
-            if item > self.items:
-                self.items = item
-                if self._unsaved >= HELD:
-                    self._save()
-            self._add(packed)
-            if self._in_memory >= HELD:
-                self._write_out()
-        self.items = len(source)
-        self._save()
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_scorer", "_plan")}
 
-    def _add(self, packed):
-        self.read += 1
-        if isinstance(packed, str):
-            self.bad[packed] += 1
-            return
-        block, place = divmod(self.written, self.shards)
-        if block != self._block:
-            self._block, self._order = block, list(range(self.shards))
-            random.Random(f"{self.settings['seed']}/block {block}").shuffle(self._order)
-        for extension, data in packed:
-            info = tarfile.TarInfo(f"{self.read - 1:010}.{extension}")
-            info.size = len(data)
-            padded = info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-            self._held[self._order[place]] += padded
-            self._in_memory += len(padded)
-            self._unsaved += len(padded)
-        self.written += 1
+    def name(self, unit: tuple[str, int]) -> str:
+        """Say which unit it is."""
+        return self.source.describe(unit[1]) if unit[0] == "filter" else f"{unit[0]} {unit[1]}"
 
-    def _write_out(self):
-        for shard, data in enumerate(self._held):
-            if data:
-                with open(self._part(shard), "ab") as file:
-                    file.write(data)
-                data.clear()
-        self._in_memory = 0
+    def payload(self, unit: tuple[str, int]) -> Any:
+        """Return the rows to filter, or how many units, blocks or groups there are."""
+        kind, number = unit
+        return self.source.payload(number) if kind == "filter" else self.sizes[kind]
 
-    def _save(self):
-        """Write what is held, then record it in progress.json.
+    def do(self, unit: tuple[str, int], payload: Any, watch: units.Watch) -> dict[str, Any]:
+        """Do a unit of a pass."""
+        kind, number = unit
+        return getattr(self, f"_{kind}")(number, payload, watch)
 
-        No record of an unfinished item may be held: progress.json counts whole items only.
-        """
-        self._write_out()
-        sizes = [part.stat().st_size if (part := self._part(i)).exists() else 0 for i in range(self.shards)]
-        counts = {"items": self.items, "read": self.read, "written": self.written, "bad": self.bad}
-        new = self._file.with_suffix(".new")
-        new.write_text(json.dumps({"settings": self.settings, **counts, "part_bytes": sizes}))
-        os.replace(new, self._file)
-        self._saved, self._unsaved = sizes, 0
+    def path(self, kind: str, number: int) -> pathlib.Path:
+        """Return the file that a unit of a pass writes."""
+        return self.out / f"{number:05}.tar" if kind == "write" else self.work / f"{kind}-{number:07}"
 
-    def finish(self) -> None:
-        """Turn each part into a tar, its records in a random order; UserError if there are too few records."""
-        if self.written < self.shards:
-            raise UserError(
-                f"{self.written} of {self.read} records can be used, too few for --shards={self.shards}: lower it"
-            )
-        for shard in tqdm(range(self.shards), unit=" shards", mininterval=1):
-            tar = self.out / f"{shard:05}.tar"
-            if not tar.exists():
-                part = self._part(shard, at_least=self._saved[shard])
-                shuffle(part, tar.with_suffix(".new"), f"{self.settings['seed']}/shard {shard}")
-                os.replace(tar.with_suffix(".new"), tar)
-            self._part(shard).unlink(missing_ok=True)
+    def _filter(self, unit, rows, watch):
+        bad, removed, read, hashes = Examples(), Examples(), 0, []
+        waiting = []  # to be scored together: number, place, files, captions and pixels
+        scorer, settings = self._scorer, self.settings
+        with spill.Writer(self.path("filter", unit), f"{settings['seed']}/unit {unit}") as writer:
 
-    def _part(self, shard, at_least=0):
-        part = self.out / f"{shard:05}.part"
-        if at_least and (not part.exists() or part.stat().st_size < at_least):
-            raise UserError(f"{part} is shorter than progress.json says: delete {self.out} and start again")
-        return part
+            def keep(number, place, parts):
+                writer.add(number, parts)
+                if settings["dedup"]:
+                    content = hashlib.blake2b(place.record["image"], digest_size=16).digest()
+                    hashes.append((content, number, place.item, place.offset))
+
+            def score():
+                watch.rest()
+                scores = scorer.best([line[-1] for line in waiting], [line[-2] for line in waiting]) if waiting else []
+                for (number, place, parts, *_), found in zip(waiting, scores, strict=True):
+                    if found >= settings["min_score"]:
+                        keep(number, place, parts)
+                    else:
+                        kind = f"score below {settings['min_score']:g}"
+                        removed.add(kind, priority(unit, number), place.item, place.offset, f"{found:.3f}")
+                waiting.clear()
+
+            for number, place in watch(self.source.read(unit, rows)):
+                read += 1
+                try:
+                    parts, texts = members(place.record, settings, self.data)
+                    if scorer and texts:
+                        pixels = transforms.decode(place.record["image"], scorer.size, scorer.data)
+                except transforms.BadImage as error:
+                    bad.add(str(error), priority(unit, number), place.item, place.offset)
+                except filters.Removed as error:
+                    removed.add(str(error), priority(unit, number), place.item, place.offset)
+                else:
+                    if scorer and texts:
+                        waiting.append((number, place, parts, texts, pixels))
+                        if len(waiting) == filters.BATCH:
+                            score()
+                    else:
+                        keep(number, place, parts)
+            score()
+            if settings["dedup"]:
+                dedup.write_table(self.path("hashes", unit), hashes, writer.shuffle())
+            return writer.finish({"read": read, "bad": bad.plain(), "removed": removed.plain()})
+
+    def _find(self, group, sizes, watch):
+        tables = ((unit, self.path("hashes", unit)) for unit in sizes["units"])
+        found = dedup.find(tables, group, sizes["groups"], self.path("find", group))
+        examples = Examples()
+        for unit, number, item, offset in found.T.tolist():
+            examples.add("duplicate", priority(unit, number), item, offset)
+        return examples.plain()
+
+    def _keep(self, unit, groups, watch):
+        with spill.Reader(self.path("filter", unit)) as reader:
+            blocks = reader.about()["blocks"]
+        return dedup.keep(unit, blocks, [self.path("find", i) for i in range(groups)], self.path("keep", unit))
+
+    @functools.cached_property
+    def _plan(self):
+        plan = msgpack.unpackb((self.work / "plan").read_bytes(), strict_map_key=False)
+        return plan["before"], [spill.Block(*block) for block in plan["blocks"]]
+
+    def _write(self, shard, _, watch):
+        before, blocks = self._plan
+        numbers, ends = [], [0]
+        with tempfile.SpooledTemporaryFile(spill.HELD, dir=self.work) as held:
+            for block, some in spill.deal(blocks, self.shards, shard):
+                places = dedup.kept(self.path("keep", block.unit), some) if self.settings["dedup"] else some
+                with spill.Reader(self.path("filter", block.unit)) as reader:
+                    for number, content in reader.records(places):
+                        held.write(content)
+                        numbers.append(before[block.unit] + number)
+                        ends.append(held.tell())
+            order = list(range(len(numbers)))
+            random.Random(f"{self.settings['seed']}/shard {shard}").shuffle(order)
+            path = self.path("write", shard)
+            new = spill.temporary(self.work / path.name)
+            with open(new, "wb", buffering=2**20) as tar:
+                for i in order:
+                    held.seek(ends[i])
+                    for extension, data in msgpack.unpackb(held.read(ends[i + 1] - ends[i])):
+                        info = tarfile.TarInfo(f"{numbers[i]:010}.{extension}")
+                        info.size = len(data)
+                        tar.write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+                tar.write(bytes(2 * tarfile.BLOCKSIZE))  # end-of-archive marker
+        stats = spill.temporary(self.work / "stats")
+        stats.write_text(json.dumps(statistics(len(numbers)), indent=4))
+        os.replace(stats, self.out / f"{shard:05}_stats.json")
+        os.replace(new, path)
+        return {"read": len(numbers)}
 
 
-def members(record: records.Record, shortest_side: int | None, data: DataConfig) -> list[tuple[str, bytes]]:
-    """Return a webdataset sample's files as (extension, content); BadImage if training cannot use the record."""
-    inspect.decode(record, DECODED, data)
-    extension, image = reduced(record["image"], shortest_side, data)
-    texts = record["texts"]
+def statistics(written: int) -> dict[str, Any]:
+    """Return a shard's statistics in img2dataset's form; its times are 0, as files must not depend on when."""
+    failed = {"failed_to_download": 0, "failed_to_resize": 0}
+    times = {"duration": 0.0, "start_time": 0.0, "end_time": 0.0}
+    return {"count": written, "successes": written, **failed, **times, "status_dict": {"success": written}}
+
+
+def members(record: records.Record, settings: dict[str, Any], data: DataConfig) -> tuple[spill.Parts, list[str]]:
+    """Return a webdataset sample's files as (extension, content), and its captions.
+
+    Raises:
+      BadImage: training cannot use the record.
+      Removed: a filter removes it.
+    """
+    if "bad" in record:
+        raise transforms.BadImage(record["bad"])
+    if not record["texts"] and record["label"] is None:
+        raise transforms.BadImage("no text")
+    texts = filters.texts(record["texts"], settings)
+    extension, image = reduced(record["image"], settings, data)
     parts = [(extension, image)]
     if len(texts) > 1:
         parts += [("json", json.dumps({"caption": texts}).encode())]
     elif texts:
         parts += [("txt", texts[0].encode(errors="replace"))]
-    return parts + ([] if record["label"] is None else [("cls", b"%d" % record["label"])])
+    return parts + ([] if record["label"] is None else [("cls", b"%d" % record["label"])]), texts
 
 
-def reduced(data: bytes, shortest_side: int | None, settings: DataConfig) -> tuple[str, bytes]:
-    """Return an encoded image's extension and bytes, as a smaller JPEG if its shorter side is above `shortest_side`."""
-    image = transforms.open_image(data, settings)
+def reduced(data: bytes, settings: dict[str, Any], config: DataConfig) -> tuple[str, bytes]:
+    """Return an image's extension and bytes, as a smaller JPEG if its shorter side is above `shortest_side`."""
+    shortest_side = settings["shortest_side"]
+    image = transforms.open_image(data, config)
+    filters.check_size(*image.size, settings)
     if not shortest_side or min(image.size) <= shortest_side:
+        transforms.decode(data, DECODED, config)
         # Readers recognise other formats by their content, whatever the extension says.
         extension = image.format.lower()
         return extension if extension in records.IMAGES and extension != "jpeg" else "jpg", data
     # A JPEG decodes to a half, quarter or eighth for less; twice the target size is enough.
     image.draft(None, [2 * side * shortest_side // min(image.size) for side in image.size])
-    try:
-        image.load()
-    except Exception as error:  # Pillow raises errors of many types for damaged files
-        raise transforms.BadImage("image cannot be reduced") from error
     image = Image.fromarray(transforms.upright_rgb(image))
     size = [max(1, round(side * shortest_side / min(image.size))) for side in image.size]
     if max(size) > MAX_SIDE:
@@ -185,31 +226,125 @@ def reduced(data: bytes, shortest_side: int | None, settings: DataConfig) -> tup
     return "jpg", out.getvalue()
 
 
-def shuffle(part: pathlib.Path, path: pathlib.Path, seed: str) -> None:
-    """Copy a tar with its samples in a random order, holding one sample at a time."""
-    with tarfile.open(part, "r:") as tar, open(part, "rb") as source, open(path, "wb") as target:
-        samples = [list(files) for _, files in groupby(tar, key=lambda file: file.name.partition(".")[0])]
-        random.Random(seed).shuffle(samples)
-        for files in samples:
-            source.seek(files[0].offset)
-            end = files[-1].offset_data + files[-1].size
-            target.write(source.read(end + -end % tarfile.BLOCKSIZE - files[0].offset))
-        target.write(bytes(2 * tarfile.BLOCKSIZE))  # end-of-archive marker
+class Done:
+    """What a preparation read and wrote."""
+
+    def __init__(self, shards: int, read: int, written: int, bad: Any, removed: Any, skipped: dict[str, str], **_: Any):
+        self.shards, self.read, self.written, self.skipped = shards, read, written, skipped
+        self.bad, self.removed = Examples(**bad), Examples(**removed)
 
 
-def prepare(source: Any, data: DataConfig, out: pathlib.Path, settings: dict[str, Any]) -> Preparation:
-    """Write the shards, or resume writing them.
+def prepare(
+    source: SourceUnits, data: DataConfig, out: pathlib.Path, settings: dict[str, Any], workers: int = 0, ray: str = ""
+) -> Done:
+    """Write the shards, or resume writing them; without workers in this process.
 
     Raises:
       UserError: `out` holds something else, or there are fewer usable records than shards.
     """
-    preparation = Preparation(out, settings)
-    if preparation.items < len(source):
-        preparation.deal(source, data)
-    preparation.finish()
-    if source.class_names:
-        (out / "classnames.txt").write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
-    return preparation
+    job = Preparation(source, data, out, settings | {"items": source.items})
+    done = _start(job)
+    if not done:
+        with units.Crew(job, workers, ray, marks=job.work) as crew:
+            done = _plan(job, crew)
+            present = set(os.listdir(out))
+            todo = [("write", i) for i in range(job.shards) if job.path("write", i).name not in present]
+            if failed := crew.run(todo, lambda *_: None, says="write"):
+                raise UserError(
+                    f"{len(failed)} shards could not be written, {next(iter(failed.values()))}: run it again"
+                )
+        if source.source.class_names:
+            names = "".join(f"{name}\n" for name in source.source.class_names)
+            (out / "classnames.txt").write_text(names, encoding="utf-8")
+        groups = {"bad": Examples(**done["bad"]), "removed": Examples(**done["removed"])}
+        (out / PAGE).write_text(page(source, data, done["read"], done["written"], groups), encoding="utf-8")
+        _save(job, done)
+    present = set(os.listdir(out))
+    if missing := [path for i in range(job.shards) if (path := job.path("write", i)).name not in present]:
+        raise UserError(f"{missing[0]} is missing: delete {out} and start again")
+    shutil.rmtree(job.work, ignore_errors=True)
+    return Done(job.shards, **done)
+
+
+def _start(job):
+    """Make the folder, or return what an earlier run that is complete has done."""
+    out, file = job.out, job.out / SETTINGS
+    if not file.exists():
+        options.make_folder("--out", out)
+        if any(name != lock.NAME and not name.startswith(f"new-{SETTINGS}") for name in os.listdir(out)):
+            raise UserError(f"--out {str(out)!r} is not empty and not from this command: use another folder")
+        _save(job, None)
+    saved = json.loads(file.read_text())
+    earlier = saved["settings"]
+    if changed := [name for name in job.settings if earlier.get(name) != job.settings[name]]:
+        then, now = (", ".join(f"{name} {part.get(name)!r}" for name in changed) for part in (earlier, job.settings))
+        raise UserError(f"--out {str(out)!r} was started with {then}, not {now}: use another folder")
+    job.work.mkdir(exist_ok=True)
+    return saved["done"]
+
+
+def _save(job, done):
+    new = spill.temporary(job.out / SETTINGS)
+    new.write_text(json.dumps({"settings": job.settings, "done": done}, indent=1) + "\n")
+    os.replace(new, job.out / SETTINGS)
+
+
+def _plan(job, crew):
+    """Do all passes before the shards are written, or what is missing of them; return what they found."""
+    file = job.work / "plan"
+    if file.exists():
+        return {k: v for k, v in msgpack.unpackb(file.read_bytes(), strict_map_key=False).items() if k not in PLAN}
+    count = len(job.source)
+    reads, blocks, bad, removed = [0] * count, {}, Examples(), Examples()
+
+    def filtered(unit, about):
+        number = unit[1]
+        if not job.path("filter", number).exists():
+            raise UserError(f"--out {str(job.out)!r} must be a folder that all nodes share")
+        reads[number], blocks[number] = about["read"], about["blocks"]
+        bad.merge(**about["bad"])
+        removed.merge(**about["removed"])
+
+    present, todo = set(os.listdir(job.work)), []
+    for unit in range(count):
+        if (path := job.path("filter", unit)).name in present:
+            with spill.Reader(path) as reader:
+                filtered(("filter", unit), reader.about())
+        else:
+            todo.append(("filter", unit))
+    if len(todo) < count:
+        print(f"{job.out} already holds {count - len(todo)} of {count} units of work")
+    skipped = {job.name(unit): cause for unit, cause in crew.run(todo, filtered, says="read").items()}
+    if job.settings["dedup"]:
+        _find_duplicates(job, crew, blocks, removed)
+    written = sum(map(sum, blocks.values()))
+    if written < job.shards:
+        raise UserError(f"{written} of {sum(reads)} records can be used, too few for --shards={job.shards}: lower it")
+    plan = []
+    for unit in sorted(blocks):
+        first = 0
+        for size in blocks[unit]:
+            plan.append(spill.Block(unit, first, size))
+            first += size
+    done = {"read": sum(reads), "written": written, "bad": bad.plain(), "removed": removed.plain(), "skipped": skipped}
+    before = np.cumsum([0, *reads])[:-1].tolist()
+    new = spill.temporary(file)
+    new.write_bytes(msgpack.packb(done | {"before": before, "blocks": plan}))
+    os.replace(new, file)
+    return done
+
+
+def _find_duplicates(job, crew, blocks, removed):
+    """Do the passes that find duplicates; `blocks` then has the numbers of records that are kept."""
+    records = sum(map(sum, blocks.values()))
+    groups = dedup.groups(records)
+    job.sizes |= {"find": {"units": sorted(blocks), "groups": groups}, "keep": groups}
+    found = lambda _, answer: removed.merge(**answer)  # noqa: E731
+    kept = lambda unit, answer: blocks.__setitem__(unit[1], answer["blocks"])  # noqa: E731
+    passes = [("find", range(groups), found), ("keep", sorted(blocks), kept)]
+    for kind, numbers, done in passes:
+        if failed := crew.run([(kind, i) for i in numbers], done, says=kind, unit=" units"):
+            raise UserError(f"duplicates could not be found, {next(iter(failed.values()))}: run it again")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,17 +354,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shortest_side", type=options.positive, metavar="PX", help="reduce larger images to this")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order (default: 0)")
     inspect.add_reading(parser)
+    filters.add_arguments(parser)
+    units.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `flip prepare`."""
     options.require(arguments, "source", "out")
-    settings = {name: getattr(arguments, name) for name in ("source", "captions", "shards", "shortest_side", "seed")}
+    filters.check(arguments)
+    names = ("source", "captions", "image", "shards", "shortest_side", "seed", *filters.NAMES)
+    settings = {name: getattr(arguments, name) for name in names}
     source, data = inspect.open_source(arguments)
-    out = pathlib.Path(arguments.out)
+    cut, out = SourceUnits(arguments.source, source, data), pathlib.Path(arguments.out)
+    workers = units.count(arguments, len(cut))
     with lock.hold(out / lock.NAME, f"--out {str(out)!r}"):
-        done = prepare(source, data, out, settings | {"items": len(source)})
-    print(f"{done.read} records read: {done.written} written to {done.shards} shards, {done.bad.total()} bad")
-    for kind, count in done.bad.most_common():
-        print(f"  bad: {count} {kind}")
-    print(f"webdataset:{arguments.out}/{{00000..{done.shards - 1:05}}}.tar")
+        done = prepare(cut, data, out, settings, workers, arguments.ray)
+    counts = f"{done.written} written to {done.shards} shards, {done.bad.counts.total()} bad"
+    removed = f", {done.removed.counts.total()} removed" if done.removed.counts else ""
+    print(f"{done.read} records read: {counts}{removed}")
+    for name, examples in (("bad", done.bad), ("removed", done.removed)):
+        for kind, count in examples.most_common():
+            print(f"  {name}: {count} {kind}")
+    for name, cause in done.skipped.items():
+        print(f"  skipped: {name}: it ends its worker ({cause})")
+    print(f"what was not written: {out / PAGE}\nwebdataset:{arguments.out}/{{00000..{done.shards - 1:05}}}.tar")

@@ -13,6 +13,7 @@ from flip_jax.config import DataConfig
 from flip_jax.data import sources, transforms
 from flip_jax.tools import __main__
 from flip_jax.tools import inspect as inspect_tool
+from flip_jax.tools.source_units import SourceUnits
 
 
 @pytest.fixture
@@ -32,14 +33,15 @@ def damaged(tmp_path):
 
 
 def inspect(source, **arguments):
-    return inspect_tool.inspect(sources.open_source(source, DataConfig()), DataConfig(), **arguments)
+    cut = SourceUnits(source, sources.open_source(source, DataConfig()), DataConfig())
+    return inspect_tool.inspect(cut, DataConfig(), **arguments)
 
 
 def test_everything_is_counted(damaged):
     summary = inspect(damaged)
     assert (summary.read, summary.usable) == (44, 40)
     assert summary.bad == {"image does not decode": 2, "no image": 1, "no text": 1}
-    assert summary.examples == {
+    assert {kind: key for kind, (_, _, key) in summary.examples.items()} == {
         "image does not decode": "0.tar/00003",
         "no image": "0.tar/00005",
         "no text": "0.tar/00006",
@@ -54,6 +56,18 @@ def test_everything_is_counted(damaged):
     text = str(summary)
     assert "44 records read: 40 usable, 4 bad" in text and "2 image does not decode, first 0.tar/00003" in text
     assert "512 to 1023 characters         1" in text
+
+
+def test_workers_count_the_same(damaged, tmp_path):
+    alone = inspect(damaged)
+    assert len(alone.shown) == 24 and vars(inspect(damaged, workers=2)) == vars(alone)
+    lines = ["filepath,title", *(f"{i}.png,picture {i}" for i in range(5))]
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    alone = inspect(f"csv:{tmp_path}/a.csv")
+    assert (alone.usable, alone.bad) == (4, {"no image": 1}) and alone.origins == {"column 'title'": 4}
+    assert vars(inspect(f"csv:{tmp_path}/a.csv", workers=1)) == vars(alone)
 
 
 def test_only_the_first_records_are_read(damaged):

@@ -1,0 +1,233 @@
+"""Run a job unit by unit in worker processes of this machine, or on a Ray cluster.
+
+A unit is a shard, or as many records of a source without shards. Each worker has one unit at a time, writes its own
+files and answers with counts, so this process holds no records. A unit whose worker died is given to another; one that
+ends every worker is named and skipped. Nothing depends on the number of workers or on the order of units, so a job that
+names its files by their unit writes the same bytes with any.
+"""
+
+import argparse
+import collections
+import os
+import pathlib
+import pickle
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from tqdm import tqdm
+
+from flip_jax import runtime
+from flip_jax.runtime import UserError
+from flip_jax.tools import options
+from flip_jax.tools.unit_workers import Actor, Died, Process, Watch, connect
+
+RETRIES = 3  # deaths at a unit before it reached a record, and of workers that had not begun
+DEATHS = 10  # at one unit altogether
+
+
+class Job:
+    """What is done with each unit. It is pickled for the workers, so it holds settings and no open files."""
+
+    uses_model = False  # which is on a GPU where there is one
+
+    def open(self) -> None:
+        """Prepare a worker; called once in each."""
+
+    def do(self, unit: Any, payload: Any, watch: Watch) -> dict[str, Any]:
+        """Do a unit, and return plain data, the same whenever it is repeated; "read" counts its records."""
+        raise NotImplementedError
+
+    def payload(self, unit: Any) -> Any:
+        """Return what a worker needs to know about a unit; called in the process that starts the workers."""
+
+    def name(self, unit: Any) -> str:
+        """Say which unit it is."""
+        return f"unit {unit}"
+
+
+class Crew:
+    """Workers that do units of one job; as a context manager it ends them. Without workers, units are done here."""
+
+    def __init__(self, job: Job, workers: int, ray: str = "", marks: pathlib.Path | None = None):
+        """`marks` is a folder that all nodes of a cluster share, where workers note which record is in work."""
+        self._job, self._kind, self._folder, self._count = job, Process, marks, workers
+        self._marks: dict[int, str] = {}  # the file of each worker
+        self._in_memory: list[int] = []  # descriptors of those that vanish with this process
+        self._workers: dict[int, Any] = {}
+        self._busy: dict[Future, tuple[int, Any]] = {}  # the number of the worker, and its unit
+        self._free: collections.deque[int] = collections.deque()
+        self._unborn = 0
+        self._opened = False
+        if ray:
+            self._kind, self._count = Actor, connect(ray, workers, job)
+        if self._count:
+            self._pickled = pickle.dumps(job)
+            if ray:
+                import ray as ray_lib
+
+                self._pickled = ray_lib.put(self._pickled)
+
+    def __enter__(self) -> "Crew":
+        self._pool = ThreadPoolExecutor(max(1, self._count), "flip_jax-worker")
+        runtime.at_end.insert(0, self.close)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        runtime.at_end.remove(self.close)
+        self.close()
+        self._pool.shutdown(cancel_futures=True)
+        for number in self._in_memory:
+            os.close(number)
+
+    def close(self) -> None:
+        """End all workers at once."""
+        for worker in list(self._workers.values()):
+            worker.close()
+
+    def run(
+        self,
+        todo: Iterable[Any],
+        done: Callable[[Any, dict[str, Any]], object],
+        says: str = "",
+        unit: str = " records",
+        quiet: bool = False,
+    ) -> dict[Any, str]:
+        """Do units, and call `done` with each and its answer. Returns those that ended all workers, with the cause.
+
+        Raises:
+          UserError, OSError: a worker did, or the workers cannot begin. Other errors of a worker become RuntimeError.
+        """
+        todo = collections.deque(todo)
+        total, skipped, finished = len(todo), {}, 0
+        deaths: dict[Any, list[int | None]] = collections.defaultdict(list)
+        bad: dict[Any, set[int]] = collections.defaultdict(set)
+        with tqdm(desc=says or None, unit=unit, mininterval=1, disable=quiet) as bar:
+
+            def say(line):
+                bar.write(runtime.plain(line), file=sys.stderr)
+
+            def finish(unit, answer):
+                nonlocal finished
+                finished += 1
+                bar.update(answer.get("read", 1) if answer else 0)
+                # A unit may hold any number of records: extrapolate the total from those done so far.
+                bar.total = round(bar.n / finished * total)
+                if answer:
+                    done(unit, answer)
+
+            if not self._count:
+                if not self._opened:
+                    self._job.open()
+                    self._opened = True
+                for unit in todo:
+                    finish(unit, self._job.do(unit, self._job.payload(unit), Watch()))
+                return skipped
+            while todo or any(unit is not None for _, unit in self._busy.values()):
+                for number in range(min(self._count, len(todo))):
+                    if number not in self._workers:
+                        self._hire(number)
+                while todo and self._free:
+                    unit = todo.popleft()
+                    self._give(
+                        self._free.popleft(),
+                        unit,
+                        "do",
+                        unit,
+                        self._job.payload(unit),
+                        sorted(bad.get(unit, ())),
+                        unit in deaths,
+                    )
+                for future in wait(self._busy, return_when=FIRST_COMPLETED).done:
+                    number, unit = self._busy.pop(future)
+                    try:
+                        answer = self._checked(future)
+                    except Died as cause:
+                        mark = self._mark(number)
+                        del self._workers[number]
+                        if unit is None:
+                            self._stillborn(cause)
+                        elif self._hopeless(deaths[unit], mark, bad[unit]):
+                            skipped[unit] = str(cause)
+                            say(f"{self._job.name(unit)}: skipped: {len(deaths[unit])} workers died, {cause}")
+                            finish(unit, None)
+                        else:
+                            say(f"{self._job.name(unit)}: a worker died ({cause}); another one tries")
+                            todo.appendleft(unit)
+                        continue
+                    self._free.append(number)
+                    self._unborn = 0
+                    if unit is not None:
+                        finish(unit, answer)
+        return skipped
+
+    def _hire(self, number):
+        self._workers[number] = self._kind(self._job, number, alone=self._count == 1)
+        if number not in self._marks:
+            if self._kind is Process:
+                self._in_memory.append(os.memfd_create("mark"))
+                self._marks[number] = f"/proc/{os.getpid()}/fd/{self._in_memory[-1]}"
+            else:
+                self._marks[number] = os.fspath(self._folder / f"worker-{number}") if self._folder else ""
+        self._give(number, None, "open", self._pickled, self._marks[number])
+
+    def _give(self, number, unit, *request):
+        self._busy[self._pool.submit(self._workers[number].ask, *request)] = number, unit
+
+    def _mark(self, number):
+        """Return the number of the record at which a worker died, None if it is unknown."""
+        try:
+            return int(pathlib.Path(self._marks[number]).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _hopeless(self, deaths, mark, bad):
+        """Count a death at a unit, and a record at which two workers died as bad; tell whether to give up the unit."""
+        if mark is not None and mark in deaths:
+            bad.add(mark)
+        deaths.append(mark)
+        return len(deaths) >= DEATHS or deaths.count(None) >= RETRIES
+
+    def _stillborn(self, cause):
+        self._unborn += 1
+        if self._unborn >= RETRIES:
+            raise UserError(
+                f"--workers: {RETRIES} workers ended before they could begin, the last one of {cause}; its messages "
+                "are above. Where memory runs out use fewer workers"
+            )
+
+    def _checked(self, future):
+        """Return a worker's answer, or raise its error."""
+        kind, *answer = future.result()
+        if kind == "user":
+            raise UserError(*answer)
+        if kind == "system" and answer[0] in runtime.STORAGE:
+            raise OSError(*answer[:3])
+        if kind in ("system", "bug"):
+            raise RuntimeError(f"in a worker:\n{answer[-1]}")
+        return answer[0]
+
+
+def add_arguments(parser: argparse.ArgumentParser, default: str = "one per core") -> None:
+    """Add --workers and --ray."""
+    parser.add_argument("--workers", type=options.positive, metavar="N", help=f"processes (default: {default})")
+    parser.add_argument(
+        "--ray", default="", metavar="auto|ADDRESS", help="workers on this Ray cluster (default: one per core of it)"
+    )
+
+
+def count(arguments: argparse.Namespace, units: int) -> int:
+    """Return the number of workers: as asked for, or one per core, at most one per unit; on Ray 0 leaves it to Ray.
+
+    Raises:
+      UserError: there are fewer units than were asked for.
+    """
+    if arguments.workers and arguments.workers > units:
+        raise UserError(
+            f"--workers={arguments.workers}: the source has {units} shards, and one worker reads a shard: use "
+            f"--workers={units}, or write more shards with `flip prepare`"
+        )
+    if arguments.ray:
+        return arguments.workers or 0
+    return arguments.workers or min(len(os.sched_getaffinity(0)), units)
