@@ -50,6 +50,14 @@ def unmasked(config: ConfigDict) -> None:
     config.total_samples = 128_000_000
 
 
+def tuned(config: ConfigDict) -> None:
+    """Sets the pre-training, in whole steps, and its `unmasked` tuning as one run; `:laion2b` must come before it."""
+    batch = config.global_batch_size
+    lengths = (samples // batch * batch for samples in (config.total_samples, 128_000_000))
+    tuning = "model.image.mask_ratio=0,optim.base_learning_rate=4e-8,warmup_samples=25_600_000,optim.state=fresh"
+    config.stages = "{};{}:{}".format(*lengths, tuning)
+
+
 def laion2b(config: ConfigDict) -> None:
     """Sets the rate and length of the long LAION-2B runs (official code): half the rate, 25.6 billion samples."""
     config.optim.base_learning_rate = 2e-6
@@ -65,6 +73,10 @@ def runlocal(config: ConfigDict) -> None:
     config.microbatches = 1
     config.mesh.fsdp = config.mesh.tensor = 1
     config.total_samples = 20 * 16
+    if config.stages:
+        from flip_jax import stages
+
+        config.stages = stages.shortened(config.stages, 10 * 16)
     config.warmup_samples = 5 * 16
     config.optim.learning_rate = 2e-4
     config.eval.tasks = ()
@@ -75,7 +87,7 @@ def runlocal(config: ConfigDict) -> None:
 
 
 LOCAL = {"runlocal": runlocal}  # of every recipe
-VARIANTS = {"unmasked": unmasked, "laion2b": laion2b, **LOCAL}  # of a pre-training recipe
+VARIANTS = {"unmasked": unmasked, "tuned": tuned, "laion2b": laion2b, **LOCAL}  # of a pre-training recipe
 
 
 def with_arg(

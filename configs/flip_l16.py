@@ -1,4 +1,4 @@
-"""FLIP L/16: the paper's pre-training with half of the patches masked; `:unmasked` is its unmasked tuning."""
+"""FLIP L/16: the paper's pre-training with half of the patches masked; `:tuned` adds its unmasked tuning."""
 
 from configs import common
 

@@ -72,8 +72,9 @@ class Checkpoints:
         tokenizer: Tokenizer | None,
         config: Config,
         class_names: tuple[str, ...] = (),
+        run: Config | None = None,
     ):
-        """Starts saving `step`; returns when the arrays may be donated again."""
+        """Starts saving `step`, of the stage with `config` of a `run`; returns when the arrays may be donated again."""
         self.wait()
         needed = sum(array.nbytes for array in jax.tree.leaves(state)) // jax.process_count()
         if manifest.is_local(self.directory) and (free := shutil.disk_usage(self.directory).free) < needed:
@@ -89,6 +90,7 @@ class Checkpoints:
             tokenizer=ocp.args.JsonSave(tokenizer.to_json() if tokenizer else {}),
             config=ocp.args.JsonSave(config_check.flatten(config)),
             class_names=ocp.args.JsonSave(list(class_names)),
+            **({"run": ocp.args.JsonSave(config_check.flatten(run))} if run and run.stages else {}),
         )
         with self._storing(step):
             self._manager.save(step, args=items)

@@ -221,6 +221,9 @@ class Config:
     init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
     init_model: bool = False  # take the architecture of `init_from`, too, in place of that in `model`
     profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
+    # "SAMPLES:KEY=VALUE,KEY=VALUE;SAMPLES:...": one stage after the other, each with changes to the other settings
+    # (docs/train.md); total_samples is their sum.
+    stages: str = ""
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     finetune: FinetuneConfig = FinetuneConfig()
@@ -234,3 +237,19 @@ class Config:
     def total_steps(self) -> int:
         """Counts the optimizer steps of the whole run; a last, partial batch is not trained."""
         return self.total_samples // self.global_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The steps `first` + 1 to `last` of a run, all with one `config`; a run without `Config.stages` is one stage."""
+
+    config: Config
+    last: int
+    first: int = 0
+    samples: int = 0  # seen before it
+    name: str = ""  # "stage 2/3: ", with which its lines begin; empty without `Config.stages`
+    fresh: bool = False  # whether the optimizer starts without the state of the stage before
+
+    def samples_seen(self, step: int) -> int:
+        """Counts the samples of the whole run up to a step of this stage."""
+        return self.samples + (step - self.first) * self.config.global_batch_size

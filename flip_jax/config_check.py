@@ -28,7 +28,11 @@ def from_config_dict(values: "ConfigDict | Mapping[str, Any]") -> Config:
     data = dataclasses.replace(config.data, vocab=home(config.data.vocab), tfds_dir=home(config.data.tfds_dir))
     evaluation = dataclasses.replace(config.eval, classnames=home(config.eval.classnames))
     config = dataclasses.replace(config, init_from=home(config.init_from), data=data, eval=evaluation)
-    _check(config)
+    if config.stages:
+        from flip_jax import stages  # only runs with stages need it
+
+        return stages.checked(config)
+    check(config)
     return config
 
 
@@ -175,7 +179,8 @@ _AT_MOST = {
 _MAX_PATCHES = 2**16
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raises UserError for settings of a run without stages that cannot be used or contradict each other."""
     flat, image, text, data = flatten(config), config.model.image, config.model.text, config.data
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
@@ -306,4 +311,9 @@ def read_recipe(arguments: Sequence[str]) -> Config:
         raise UserError(reason) from None
     if rest:
         raise UserError(f"unexpected arguments: {' '.join(rest)}; a value with blanks, braces or a glob needs quotes")
-    return from_config_dict(values.config)
+    config, given = from_config_dict(values.config), values.config.total_samples
+    if config.stages and given != config.total_samples and any("total_samples=" in word for word in arguments):
+        raise UserError(
+            f"config.total_samples {given} is not the sum of config.stages, {config.total_samples}; leave it out"
+        )
+    return config

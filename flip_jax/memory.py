@@ -127,7 +127,7 @@ def fits(trial: Trial, limit: int | None, spare: float = SPARE) -> bool:
 
 
 def choose(
-    config: Config, mesh: Mesh, limit: int | None, recorded: Config | None = None
+    config: Config, mesh: Mesh, limit: int | None, recorded: Config | None = None, first: int = 0
 ) -> tuple[Config, Program, int]:
     """Compiles the step with what fits: (config without "auto", program, bytes needed per device).
 
@@ -139,7 +139,7 @@ def choose(
     """
 
     def attempt(choice):
-        program = train_step.make_program(choice, mesh)
+        program = train_step.make_program(choice, mesh, first)
         extra = host_bytes(choice, program, mesh)
         arguments = tree_bytes(program.state) + image_bytes(choice, mesh) + extra
         try:

@@ -110,18 +110,21 @@ class Writer:
 class Progress:
     """Measures rate, time left and MFU of the steps since the last report."""
 
-    def __init__(self, flops_per_sample: float, batch_size: int, step: int, total_steps: int):
-        self._flops, self._peak = flops_per_sample, peak_flops()
-        self._batch_size, self._total_steps = batch_size, total_steps
-        self._step, self._time = step, time.perf_counter()
+    def __init__(self, step: int, total_steps: int):
+        self._step, self._total_steps, self._peak = step, total_steps, peak_flops()
         self._pauses: dict[str, tuple[int, list[float]]] = {}
+
+    def begin(self, flops_per_sample: float, batch_size: int, last: int, later_flops: float = 0) -> None:
+        """Begins the steps of one program, up to `last`; those after it are to take their share of FLOPs in time."""
+        self._flops, self._batch_size, self._last = flops_per_sample, batch_size, last
+        self._later, self._time = later_flops / flops_per_sample, time.perf_counter()
 
     def report(self, step: int) -> dict[str, float]:
         """Returns images_per_second since the last call, mfu if the peak is known, and seconds_left with pauses due."""
         now = time.perf_counter()
         rate = (step - self._step) * self._batch_size / max(now - self._time, 1e-9)
         self._step, self._time = step, now
-        left, total = (self._total_steps - step) * self._batch_size / rate, self._total_steps
+        left, total = ((self._last - step) * self._batch_size + self._later) / rate, self._total_steps
         for every, seconds in self._pauses.values():  # those at `step` itself follow the report
             due = total // every - (step - 1) // every + (total % every > 0) if every else 1  # the last step has one
             left += due * sum(seconds) / len(seconds)
@@ -140,14 +143,14 @@ class Progress:
         self._pauses.setdefault(kind, (every, []))[1].append(seconds)
 
 
-def progress_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
+def progress_line(step: int, total_steps: int, scalars: Mapping[str, float], stage: str = "") -> str:
     """Formats the line that a person follows on the terminal; its rate is the next update's, as the first one is 0."""
     minutes, seconds = divmod(round(scalars["seconds_left"]), 60)
     mfu = f"  mfu {scalars['mfu']:.1%}" if "mfu" in scalars else ""
     rate = scalars["images_per_second"]
     scale = f"scale {scalars['logit_scale']:.2f}  " if "logit_scale" in scalars else ""
     return (
-        f"step {step}/{total_steps}  samples {scalars['samples_seen']:,}  loss {scalars['loss']:.4f}  "
-        f"{scale}lr {scalars['next_learning_rate']:.3g}  "
+        f"step {step}/{total_steps}  {stage}samples {scalars['samples_seen']:,}  "
+        f"loss {scalars['loss']:.4f}  {scale}lr {scalars['next_learning_rate']:.3g}  "
         f"{rate:,.{1 if rate < 10 else 0}f} images/s{mfu}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     )

@@ -1,13 +1,13 @@
 """The config in a step's folder: read for its model, and compared with that of a run that resumes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from flip_jax import config_check
-from flip_jax.config import Config
+from flip_jax.config import Config, Stage
 from flip_jax.runtime import UserError
 from flip_jax.saved_step import differences, read_json
 
@@ -71,14 +71,18 @@ def check(step: epath.Path, config: Config) -> None:
     Raises:
       UserError: the settings that differ, both values.
     """
+    stage = Stage(config, config.total_steps)
+    if config.stages or (step / "run").exists():
+        from flip_jax import stages  # only runs with stages need it
+
+        stage = stages.resumed(step, config)
+    config = stage.config
     written = config_check.flatten(Config()) | current_names(read_json(step, "config"))
-    samples, remedy = int(step.name) * config.global_batch_size, ""
+    samples, remedy = stage.samples_seen(int(step.name)) - stage.samples, ""
     changed = [
         f"  config.{key}: checkpoint {saved!r}, now {ours!r}"
-        for key, saved, ours in differences(written, config_check.flatten(config))
-        if not key.startswith(RESUMABLE_CHANGES)
-        and not (key == "data.train" and _knows_data(step))
-        and not (key in LENGTHS and samples <= _fixed_samples(written, config))
+        for key, saved, ours in changes(step, written, config_check.flatten(config))
+        if not (key in LENGTHS and samples <= _fixed_samples(written, config))
     ]
     if any(key in line for key in LENGTHS for line in changed):
         remedy = (
@@ -90,6 +94,22 @@ def check(step: epath.Path, config: Config) -> None:
             f"{step.parent} holds checkpoints of a run with other settings:\n" + "\n".join(changed) + "\n"
             "Use the same settings to resume it, or another --workdir (and config.init_from for its weights)." + remedy
         )
+
+
+def longer(config: Config) -> str:
+    """Says how a run that is done can be trained longer."""
+    if config.stages:
+        return "add a stage to config.stages"
+    if config.optim.schedule == "constant" and not config.optim.cooldown_samples:
+        return "raise config.total_samples"
+    return "use another --workdir and config.init_from"
+
+
+def changes(step: epath.Path, written: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (key, saved, ours) of every setting that differs and that a resumed run cannot change."""
+    for key, saved, our in differences(written, ours):
+        if not key.startswith(RESUMABLE_CHANGES) and not (key == "data.train" and _knows_data(step)):
+            yield key, saved, our
 
 
 def _knows_data(step: epath.Path) -> bool:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flip_jax import checkpoint, lock, memory, metrics, models, optim, runtime, sharding
-from flip_jax.config import Config
+from flip_jax.config import Config, Stage
 from flip_jax.data import pipeline
 from flip_jax.runtime import UserError, say
 from flip_jax.train_step import Program
@@ -40,12 +41,15 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     if config.profile and "://" in os.fspath(workdir):
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
     mesh = sharding.make_mesh(config.mesh)
-    check_batches(config, mesh)
+    stages = plan(config)
+    for stage in stages:
+        check_batches(stage.config, mesh)
     limit = memory.device_memory()  # before this process takes some of it
     if limit and memory.on_cpu(mesh):
         from flip_jax import too_large
 
-        too_large.check(config, mesh, limit)
+        for stage in stages:
+            too_large.check(stage.config, mesh, limit)
     if config.eval.tasks:
         from flip_jax import evaluators
 
@@ -61,6 +65,15 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     ):
         _run(config, workdir, mesh, limit, checkpoints, termination, started)
     return 128 + signal.SIGINT if termination.interrupted else 0
+
+
+def plan(config: Config) -> list[Stage]:
+    """Lists the stages of a run: one, unless `config.stages` describes them."""
+    if not config.stages:
+        return [Stage(config, config.total_steps)]
+    from flip_jax import stages  # only runs with stages need it
+
+    return stages.plan(config)
 
 
 def _run(
@@ -93,9 +106,10 @@ def _run(
             weights.check_start(config, source)
     elif config.init_model:
         raise UserError("config.init_model takes the architecture of config.init_from, which is empty: set it")
-    if start == config.total_steps:
-        extend = "raise config.total_samples" if _extensible(config) else "use another --workdir and config.init_from"
-        _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, extend)
+    remaining = [stage for stage in plan(config) if stage.last > start]
+    if not remaining:
+        longer = saved_config.longer(config)
+        _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, longer)
         return
     tokenizer = pipeline.make_tokenizer(config, saved)
     class_names: tuple[str, ...] = ()
@@ -105,87 +119,108 @@ def _run(
         class_names = classes.trained(config)
         if start and source:
             classes.check_unchanged(class_names, source)
-    batches = iter(
-        pipeline.train_dataset(config, tokenizer, process_index=jax.process_index(), process_count=jax.process_count())
-    )
-    before = time.perf_counter()
-    config, program, peak = memory.choose(config, mesh, limit, recorded)
-    parts = f"{config.microbatches} microbatches, " if config.microbatches != 1 else ""
-    of = f" of {limit / 2**30:.2f}" if limit else ""
-    say(
-        f"compiled in {time.perf_counter() - before:.0f} s: remat {config.model.remat}, {parts}"
-        f"{peak / 2**30:.2f} GiB{of} per device"
-    )
+    batches = _batches(remaining[0], tokenizer)
+    # All of them now: a stage that does not fit is refused before the run begins, and no step waits for the compiler.
+    compiled = [_compile(stage, mesh, limit, recorded if stage.first < start else None) for stage in remaining]
+    end = remaining[-1].last
     # Some processes may have found the program in their cache, and collectives of CPUs wait for 30 s at most.
     runtime.meet("compiled")
-    state = _initial_state(config, program, checkpoints, start, source, batches)
-    flops = models.flops_per_sample(config)
-    _say_start(config, mesh, program, flops)
-    metrics.write_parameters(workdir, program.state.params)
+    state = _initial_state(*compiled[0], checkpoints, start, source, batches)
     writer = metrics.Writer(workdir, start, config)
-    progress = metrics.Progress(flops, config.global_batch_size, start, config.total_steps)
-    evaluate = None
-    if config.eval.wanted:
-        from flip_jax.evaluators import in_training
-
-        evaluate = in_training.evaluation(config, program, tokenizer, class_names, mesh, writer, termination)
+    progress = metrics.Progress(start, end)
     window: list[Report] = []  # the steps since the last log point
     waited = 0.0
     # A run resumed inside the profiled range is not profiled again.
     first_traced, last_traced = config.profile if config.profile and start < config.profile[0] else (0, 0)
-    for step in range(start + 1, config.total_steps + 1):
-        if step == first_traced:
-            jax.profiler.start_trace(workdir / "profile" / f"process_{jax.process_index()}")
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            arrays = tuple(sharding.to_devices(mesh, *(batch[name] for name in program.inputs)))
-            with jax.transfer_guard("disallow"):
-                state, report = program.step(state, *arrays)
-        if step == start + 1:
-            jax.block_until_ready(state)
-            say(f"first step done {time.perf_counter() - started:.1f} s after the start of the program")
-        if step == last_traced:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-        window.append((step, batch["keys"], report))
-        if jax.default_backend() == "cpu":
-            # Collectives of two programs that run on CPUs at once can wait for each other forever.
-            jax.block_until_ready((state, report))
-        elif len(window) > IN_FLIGHT:
-            # Bounds the batches that wait on the devices; the step waited for is done long before they run dry.
-            jax.block_until_ready(window[-1 - IN_FLIGHT][2])
-        stop, last = termination.reached(), step == config.total_steps
-        save = stop or last or _due(step, config.checkpoint.every_steps)
-        evaluating = evaluate and (last or _due(step, config.eval.every_steps))
-        if save or evaluating or _due(step, config.log.every_steps):
-            scalars = summarise(window, workdir)
-            scalars |= {"samples_seen": step * config.global_batch_size, **progress.report(step)}
-            scalars["input_wait_seconds"], waited = waited, 0.0
-            scalars |= _count_scalars(step, batch["counts"])
-            window.clear()
-            writer.write(step, scalars)
-            say(metrics.progress_line(step, config.total_steps, scalars))
-        checkpoints.say_saved()
-        if evaluating:
-            with progress.pause("evaluation", config.eval.every_steps):
-                evaluate(getattr(state, "ema", state.params), batch, step)  # the average where one is kept
-            stop = termination.stopping
-        if save or stop:
-            with progress.pause("save", config.checkpoint.every_steps):
-                checkpoints.save(step, state, batches, tokenizer, config, class_names)
+    for number, (stage, program) in enumerate(compiled):
+        if number:
+            from flip_jax import stages
+
+            batches = stages.follow(batches, _batches(stage, tokenizer))
+            state = stages.enter(stage, program, state)
+        flops = models.flops_per_sample(stage.config)
+        _say_start(stage, mesh, program, flops)
+        metrics.write_parameters(workdir, program.state.params)
+        evaluate = None
+        if config.eval.wanted:
+            from flip_jax.evaluators import in_training
+
+            evaluate = in_training.evaluation(stage, program, tokenizer, class_names, mesh, writer, termination)
+        later = sum(x.config.total_samples * models.flops_per_sample(x.config) for x, _ in compiled[number + 1 :])
+        progress.begin(flops, stage.config.global_batch_size, stage.last, later)
+        for step in range(max(start, stage.first) + 1, stage.last + 1):
+            if step == first_traced:
+                jax.profiler.start_trace(workdir / "profile" / f"process_{jax.process_index()}")
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                before = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - before
+                arrays = tuple(sharding.to_devices(mesh, *(batch[name] for name in program.inputs)))
+                with jax.transfer_guard("disallow"):
+                    state, report = program.step(state, *arrays)
+            if step == start + 1:
+                jax.block_until_ready(state)
+                say(f"first step done {time.perf_counter() - started:.1f} s after the start of the program")
+            if step == last_traced:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            window.append((step, batch["keys"], report))
+            if jax.default_backend() == "cpu":
+                # Collectives of two programs that run on CPUs at once can wait for each other forever.
+                jax.block_until_ready((state, report))
+            elif len(window) > IN_FLIGHT:
+                # Bounds the batches that wait on the devices; the step waited for is done long before they run dry.
+                jax.block_until_ready(window[-1 - IN_FLIGHT][2])
+            stop, last = termination.reached(), step == end
+            save = stop or last or _due(step, config.checkpoint.every_steps)
+            evaluating = evaluate and (last or _due(step, config.eval.every_steps))
+            if save or evaluating or step == stage.last or _due(step, config.log.every_steps):
+                scalars = summarise(window, workdir)
+                scalars |= {"samples_seen": stage.samples_seen(step), **progress.report(step)}
+                scalars["input_wait_seconds"], waited = waited, 0.0
+                scalars |= _count_scalars(step, batch["counts"])
+                window.clear()
+                writer.write(step, scalars)
+                say(metrics.progress_line(step, end, scalars, stage.name))
+            checkpoints.say_saved()
+            if evaluating:
+                with progress.pause("evaluation", config.eval.every_steps):
+                    evaluate(getattr(state, "ema", state.params), batch, step)  # the average where one is kept
+                stop = termination.stopping
+            if save or stop:
+                with progress.pause("save", config.checkpoint.every_steps):
+                    checkpoints.save(step, state, batches, tokenizer, stage.config, class_names, config)
+            if stop:
+                break
         if stop:
             break
     writer.close()
     if stop and not last:
         checkpoints.wait()
         cause = "interrupted" if termination.interrupted else "SIGTERM"
-        say(f"{cause}: saved step {step} of {config.total_steps} in {workdir}; run the same command to resume")
+        say(f"{cause}: saved step {step} of {end} in {workdir}; run the same command to resume")
+
+
+def _batches(stage: Stage, tokenizer: Any) -> Any:
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return iter(pipeline.train_dataset(stage.config, tokenizer, **processes))
+
+
+def _compile(stage: Stage, mesh: Mesh, limit: int | None, recorded: Config | None) -> tuple[Stage, Program]:
+    """Compiles a stage, with what fits for "auto" in its config."""
+    before = time.perf_counter()
+    config, program, peak = memory.choose(stage.config, mesh, limit, recorded, stage.first)
+    parts = f"{config.microbatches} microbatches, " if config.microbatches != 1 else ""
+    of = f" of {limit / 2**30:.2f}" if limit else ""
+    say(
+        f"{stage.name}compiled in {time.perf_counter() - before:.0f} s: remat {config.model.remat}, {parts}"
+        f"{peak / 2**30:.2f} GiB{of} per device"
+    )
+    return dataclasses.replace(stage, config=config), program
 
 
 def _initial_state(
-    config: Config,
+    stage: Stage,
     program: Program,
     checkpoints: checkpoint.Checkpoints,
     start: int,
@@ -194,14 +229,19 @@ def _initial_state(
 ):
     """Makes the first state, in this order: the newest checkpoint, else `init_from`'s weights, else random ones."""
     if start:
-        state = checkpoints.restore(program.state, batches)
-        _log.info("resumed at step %d (%d samples)", start, start * config.global_batch_size)
+        if start == stage.first:
+            from flip_jax import stages
+
+            state = stages.restore(stage, program, source, checkpoints, batches)
+        else:
+            state = checkpoints.restore(program.state, batches)
+        _log.info("resumed at step %d (%d samples)", start, stage.samples_seen(start))
         return state
     state = program.init()
     if source:
         from flip_jax import weights
 
-        started = weights.read_params(source, program.state.params, config.model)
+        started = weights.read_params(source, program.state.params, stage.config.model)
         state = state._replace(params=state.params | started)
         _log.info("started from the weights in %s", source)
     return state
@@ -222,6 +262,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
                 f"config.{key} {size} does not divide by the {shards} devices that the batch is split over "
                 f"(mesh data x fsdp){times}; the nearest that does is {max(1, round(size / parts)) * parts}"
             )
+        pipeline.share(f"config.{key}", size, jax.process_count())
 
 
 def summarise(window: list[Report], workdir: epath.Path) -> dict[str, float]:
@@ -244,10 +285,6 @@ def summarise(window: list[Report], workdir: epath.Path) -> dict[str, float]:
     return scalars | {"loss": float(np.mean([report["loss"] for report in reports]))}
 
 
-def _extensible(config: Config) -> bool:
-    return config.optim.schedule == "constant" and not config.optim.cooldown_samples
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -259,12 +296,12 @@ def _count_scalars(step: int, counts: dict[str, Any]) -> dict[str, int]:
     return runtime.sum_counts(f"counts/{step}", own)
 
 
-def _say_start(config: Config, mesh: Mesh, program: Program, flops: float) -> None:
+def _say_start(stage: Stage, mesh: Mesh, program: Program, flops: float) -> None:
     params = sum(x.size for x in jax.tree.leaves(program.state.params))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(
-        f"{params / 1e6:,.1f} M parameters, {flops / 1e9:,.1f} GFLOP per sample, "
+        f"{stage.name}{params / 1e6:,.1f} M parameters, {flops / 1e9:,.1f} GFLOP per sample, "
         f"{mesh.size} {jax.devices()[0].device_kind} ({axes}), {jax.process_count()} process(es), "
-        f"{config.total_steps:,} steps of {config.global_batch_size:,} samples"
+        f"{stage.last - stage.first:,} steps of {stage.config.global_batch_size:,} samples"
     )
-    say(optim.describe_peak(config))
+    say(optim.describe_peak(stage.config))

@@ -28,7 +28,7 @@ class Program(NamedTuple):
     graphdef: nnx.GraphDef
     inputs: tuple[str, str]  # the arrays of a batch that `step` takes
     state: TrainState
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]  # of random parameters, or of those that are given
     step: jax.stages.Wrapped  # (state, image, target) -> (state, dict of scalars)
 
 
@@ -78,8 +78,11 @@ def make_loss_and_grads(graphdef: nnx.GraphDef, microbatches: int) -> Callable[.
     return loss_and_grads
 
 
-def make_program(config: Config, mesh: Mesh) -> Program:
-    """Builds, inside `jax.set_mesh(mesh)`, the program that trains, resumes and compiles ahead of time."""
+def make_program(config: Config, mesh: Mesh, first: int = 0) -> Program:
+    """Builds, inside `jax.set_mesh(mesh)`, the program that trains, resumes and compiles ahead of time.
+
+    `first` is the step before its first one, from which its learning rate counts.
+    """
     optimizer, schedule = optim.make_optimizer(config), optim.learning_rate(config)
     init_key, mask_key = jax.random.split(jax.random.key(config.seed))
 
@@ -94,8 +97,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     else:
         inputs, loss_and_grads = ("image", "text"), make_loss_and_grads(graphdef, int(config.microbatches))
 
-    def init():
-        params = nnx.to_pure_dict(nnx.split(build())[1])
+    def init(params=None):
+        params = nnx.to_pure_dict(nnx.split(build())[1]) if params is None else params
         return TrainState(jnp.int32(0), params, optimizer.init(optim.split(params, config)[0]))
 
     def step(state, image, target):
@@ -104,7 +107,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         value, grads = loss_and_grads(params, image, target, jax.random.fold_in(mask_key, state.step), frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates) | frozen
-        report = {"loss": value, "learning_rate": schedule(state.step), "next_learning_rate": schedule(state.step + 1)}
+        count = state.step - first
+        report = {"loss": value, "learning_rate": schedule(count), "next_learning_rate": schedule(count + 1)}
         if "text" in inputs:
             report["logit_scale"] = nnx.merge(graphdef, state.params).scale()
         return TrainState(state.step + 1, params, opt_state), report

@@ -37,7 +37,9 @@ def test_arguments_of_a_recipe(load_recipe):
     assert (config.model.image.mask_ratio, config.seed, config.model.dtype) == (0.75, 7, "float32")
     both = load_recipe("flip_l16", "unmasked,seed=7,model.image.mask_ratio=0.25")
     assert (both.model.image.mask_ratio, both.seed, both.total_samples) == (0.25, 7, 128_000_000)
-    with pytest.raises(UserError, match=r"'seed' must be a variant \(unmasked, laion2b, runlocal\) or key=value"):
+    with pytest.raises(
+        UserError, match=r"'seed' must be a variant \(unmasked, tuned, laion2b, runlocal\) or key=value"
+    ):
         load_recipe("flip_l16", "seed")
     with pytest.raises(UserError, match=r"'unmasked' must be a variant \(runlocal\) or key=value"):
         load_recipe("flip_emoji", "unmasked")

@@ -318,7 +318,8 @@ def test_the_time_left_counts_what_is_still_due(monkeypatch, every, saves, due):
     """Ten steps of two seconds; a save takes 3 seconds, and the first evaluation 30 and the second one 10."""
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    progress = metrics.Progress(1.0, 16, 0, 10)
+    progress = metrics.Progress(0, 10)
+    progress.begin(1.0, 16, 10)
     for step, seconds in ((1, 30), (2, 10), (3, 0), (4, 0), (5, 0)):
         now[0] += 2
         if step in (1, 2):
@@ -335,3 +336,21 @@ def test_the_time_left_counts_what_is_still_due(monkeypatch, every, saves, due):
     now[0] += 8
     # The last step is done, and its evaluation and save are not.
     assert progress.report(10)["seconds_left"] == pytest.approx(20 + 3 * bool(saves))
+
+
+def test_the_time_left_counts_later_stages_by_their_flops(monkeypatch):
+    """Four steps of 16 samples, one FLOP each, take 8 seconds; 2 steps are left, and 96 FLOPs of later stages."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = metrics.Progress(0, 12)
+    progress.begin(1.0, 16, 6, later_flops=96)
+    now[0] = 8
+    assert progress.report(4)["seconds_left"] == pytest.approx(2 * 2 + 96 / (16 / 2))
+    now[0] = 12
+    progress.report(6)
+    now[0] = 50  # between two stages
+    progress.begin(3.0, 8, 10)
+    now[0] = 53
+    report = progress.report(8)
+    assert report["images_per_second"] == pytest.approx(2 * 8 / 3)
+    assert report["seconds_left"] == pytest.approx(3)

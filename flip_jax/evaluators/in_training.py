@@ -7,14 +7,14 @@ import jax
 from jax.sharding import Mesh
 
 from flip_jax import evaluators, inference, metrics, runtime
-from flip_jax.config import Config
+from flip_jax.config import Stage
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.evaluators import snapshot
 from flip_jax.train_step import Program
 
 
 def evaluation(
-    config: Config,
+    stage: Stage,
     program: Program,
     tokenizer: Tokenizer | None,
     class_names: tuple[str, ...],
@@ -26,6 +26,7 @@ def evaluation(
 
     It returns early, without results, where the run is to stop.
     """
+    config = stage.config
     encoder: inference.Encoder | None = None
     look = snapshot.Snapshot(program.graphdef, config, mesh)
 
@@ -43,7 +44,7 @@ def evaluation(
         except _Stopping:
             runtime.say(f"step {step} is not evaluated, because the run stops: flip evaluate does it")
             return
-        writer.write(step, {"samples_seen": step * config.global_batch_size, **results})
+        writer.write(step, {"samples_seen": stage.samples_seen(step), **results})
         if "text" in batch and (writer.trackers or jax.process_count() > 1):  # all take part, the first one writes
             writer.draw(step, *look(params, batch, step))
 

@@ -111,6 +111,22 @@ def analyse(config: Config, topology: str) -> dict[str, Any]:
     return result
 
 
+def analyse_run(config: Config, topology: str) -> dict[str, Any]:
+    """Return `analyse` of a run, or of each of its stages and which needs most memory.
+
+    Raises:
+      UserError: as `analyse`.
+    """
+    if not config.stages:
+        return analyse(config, topology)
+    results = []
+    for number, stage in enumerate(stages := train.plan(config), 1):
+        identity = {"stage": f"{number}/{len(stages)}", "image_size": stage.config.model.image.image_size}
+        results.append(identity | analyse(stage.config, topology))
+    tightest = max(results, key=lambda result: result["memory"]["peak"])
+    return {"stages": results, "tightest": tightest["stage"], "fits": all(result["fits"] for result in results)}
+
+
 def _analyse_choice(config, topology, mesh, limit):
     """`analyse` for one remat policy, one number of microbatches and devices of `limit` bytes (None: unknown)."""
     kind = mesh.devices.flat[0].device_kind
@@ -234,9 +250,15 @@ def _saved(text: str, config: Config, mesh: jax.sharding.Mesh) -> list[dict[str,
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Format the result of `analyse` for people."""
+    """Format the result of `analyse_run` for people."""
+    if "stages" in result:
+        memory = next(stage["memory"] for stage in result["stages"] if stage["stage"] == result["tightest"])
+        of = f" of {_size(memory['limit'])}" if memory["limit"] else ""
+        tightest = f"{'tightest':16}stage {result['tightest']}, {_size(memory['peak'])}{of}"
+        return "\n\n".join([*map(describe, result["stages"]), tightest])
     found, mesh = result["memory"], " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-    rows = [
+    rows = [("stage", f"{result['stage']}, {result['image_size']} px")] if "stage" in result else []
+    rows += [
         ("devices", f"{result['devices']} {result['device_kind']} ({mesh})"),
         (
             "batch",
@@ -293,7 +315,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Print the analysis and return 0 if the step fits, 1 if not."""
     try:
         config = config_check.read_recipe([f"--config={arguments.config}", *arguments.config_changes])
-        result = analyse(config, arguments.topology)
+        result = analyse_run(config, arguments.topology)
     except UserError as error:
         error.exit_code = 2  # because 1 says that the step does not fit
         raise

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 from huggingface_hub import EvalResult, ModelCardData
 
-from flip_jax import config_check, metrics_file, models, saved_config, saved_step, untrusted
+from flip_jax import config_check, metrics_file, models, saved_config, saved_step, stages, untrusted
 from flip_jax.config import Config
 from flip_jax.data.clip_tokenizer import ClipTokenizer
 from flip_jax.data.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def from_model(path: str | os.PathLike) -> Card:
     results = next((line for line in reversed(lines) if "loss" not in line), None)
     card |= {
         "step": int(step.name),
-        "samples_seen": int(step.name) * config.global_batch_size,
+        "samples_seen": _samples_seen(step),
         "data": {
             "train": config.data.train,
             "captions": list(config.data.captions),
@@ -107,6 +107,12 @@ def from_model(path: str | os.PathLike) -> Card:
         numbers = {key: value for key, value in results.items() if "/" in key}
         card["evaluation"] = {"model": f"step {results['step']}, during training", "results": numbers}
     return card
+
+
+def _samples_seen(step: epath.Path) -> int:
+    """Count the samples up to a step, over all stages of its run."""
+    plan, number = stages.plan(stages.written(step)), int(step.name)
+    return plan[stages.place(plan, number)].samples_seen(number)
 
 
 def _earlier(path):
@@ -180,8 +186,10 @@ def markdown(card: Card, name: str) -> str:
         "origin": card["origin"],
     }
     if card["samples_seen"] is not None:
+        batch = config.global_batch_size
         facts |= {
-            "samples seen": f"{card['samples_seen']:,}, in {card['step']:,} steps of {config.global_batch_size:,}",
+            "samples seen": f"{card['samples_seen']:,}, in {card['step']:,} steps"
+            + (f" of {batch:,}" if card["samples_seen"] == card["step"] * batch else f", the last of {batch:,}"),
             "seen in training": f"{image.visible_patches} of {patches} patches ({image.mask})"
             + (f", {text.visible_tokens} of {text.context_length} tokens" if "text" in card["parameters"] else ""),
             "started from": config.init_from or "random weights",

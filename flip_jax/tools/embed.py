@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flip_jax import checkpoint, inference, lock, runtime, saved_config
+from flip_jax import inference, lock, runtime, saved_config, saved_step
 from flip_jax.config import DataConfig
 from flip_jax.data import sources
 from flip_jax.data.records import CHUNK, END, Pick, Record
@@ -260,7 +260,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Run `flip embed`."""
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
     try:
-        data = saved_config.read(checkpoint.newest(arguments.model)).data
+        data = saved_config.read(saved_step.newest(arguments.model)).data
     except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
         raise UserError(
             f"--model {arguments.model!r} cannot be read: {error}; check the path and its credentials"

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from flip_jax import evaluators, lock, metrics_file
+from flip_jax import evaluators, lock, metrics_file, saved_step, stages
 from flip_jax.config import Config
 from flip_jax.evaluators import datasets, zeroshot
 from flip_jax.inference import Encoder, load
@@ -91,12 +91,21 @@ def local(workdir: str, recipe: Config) -> None:
     """Draw the report of a `:runlocal` run, and say how long its whole recipe would take on this machine."""
     report(pathlib.Path(workdir), [])
     lines = metrics_file.read(epath.Path(workdir))
-    rate = statistics.median(line["images_per_second"] for line in lines)
-    days = recipe.total_samples / rate / 86_400
+    here, whole = stages.plan(stages.written(saved_step.newest(workdir))), stages.plan(recipe)
+    rates = [
+        statistics.median(
+            line["images_per_second"] for line in lines if len(here) == 1 or stages.place(here, line["step"]) == i
+        )
+        for i in range(len(here))
+    ]
+    if len(rates) != len(whole):
+        rates = [statistics.median(rates)] * len(whole)
+    days = sum(stage.config.total_samples / rate for stage, rate in zip(whole, rates, strict=True)) / 86_400
     length = (
         f"{days / 365:,.1f} years" if days > 365 else f"{days:,.1f} days" if days > 1 else f"{24 * days:,.1f} hours"
     )
-    print(f"{rate:,.1f} images/s here: the whole recipe, {recipe.total_samples:,} samples, would take {length}")
+    here = ", then ".join(f"{rate:,.1f}" for rate in rates)
+    print(f"{here} images/s here: the whole recipe, {recipe.total_samples:,} samples, would take {length}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
