@@ -264,6 +264,10 @@ def check(config: Config) -> None:
             f"config.eval.mask {config.eval.mask!r} masks at random as training does: it needs config.model.image.mask "
             f"'random' and a mask_ratio above 0, got {image.mask!r} and {image.mask_ratio}; or set it to 'intact'"
         )
+    if any("*" in name for name in data.captions):
+        from flip_jax.data import caption_mix  # only runs that draw from several keys need it
+
+        caption_mix.split(data)
     for template in config.eval.templates:
         if template.count("{}") != 1:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")

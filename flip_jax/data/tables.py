@@ -307,6 +307,11 @@ class Parquet(shards.Shards):
             class_names = None
         return images[0], captions, labels[0] if labels else None, class_names, has
 
+    def _weights_of(self, captions):
+        """Returns the weights of the columns that are found, where captions are drawn from several."""
+        by_name = {simple(name): weight for name, weight in zip(self._captions, self._weights, strict=False)}
+        return [by_name[simple(name)] for name in captions] if by_name else ()
+
     def _rows(self, file, offset, folder):
         from pyarrow import parquet
 
@@ -343,7 +348,7 @@ class Parquet(shards.Shards):
             elif isinstance(row[image], list) and len(row[image]) > 1:
                 rest = {"bad": "several images"}
             else:
-                rest = sample(picture, map(_flat, texts), None if value == -1 else value)
+                rest = sample(picture, map(_flat, texts), None if value == -1 else value, self._weights_of(captions))
             yield str(row.get("key") or number), rest, last + 1
 
 
