@@ -307,11 +307,6 @@ class Parquet(shards.Shards):
             class_names = None
         return images[0], captions, labels[0] if labels else None, class_names, has
 
-    def _weights_of(self, captions):
-        """Returns the weights of the columns that are found, where captions are drawn from several."""
-        by_name = {simple(name): weight for name, weight in zip(self._captions, self._weights, strict=False)}
-        return [by_name[simple(name)] for name in captions] if by_name else ()
-
     def _rows(self, file, offset, folder):
         from pyarrow import parquet
 
@@ -321,6 +316,8 @@ class Parquet(shards.Shards):
         table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         image, captions, label, _, _ = self._columns(table.schema_arrow)
         names = {image, "key", label, *(name.partition("/")[0] for name in captions)}
+        shares = dict(zip(map(simple, self._captions), self._weights, strict=False))
+        weights = [shares[simple(name)] for name in captions if shares]
         columns = [name for name in table.schema_arrow.names if name in names]
 
         def same(numbered):
@@ -348,7 +345,7 @@ class Parquet(shards.Shards):
             elif isinstance(row[image], list) and len(row[image]) > 1:
                 rest = {"bad": "several images"}
             else:
-                rest = sample(picture, map(_flat, texts), None if value == -1 else value, self._weights_of(captions))
+                rest = sample(picture, map(_flat, texts), None if value == -1 else value, weights)
             yield str(row.get("key") or number), rest, last + 1
 
 
