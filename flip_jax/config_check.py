@@ -143,13 +143,8 @@ _CHOICES = {
 }
 _ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
 _ZERO_OR_MORE = (
-    "optim.learning_rate",
-    "optim.clip_norm",
-    "optim.image_rate",
-    "optim.text_rate",
-    "model.decoder.weight",
-    "finetune.mixup",
-    "finetune.cutmix",
+    *("optim.learning_rate", "optim.clip_norm", "optim.image_rate", "optim.text_rate"),
+    *("model.decoder.weight", "finetune.mixup", "finetune.cutmix"),
 )
 _RANGES = {
     **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
@@ -270,6 +265,10 @@ def check(config: Config) -> None:
             f"config.eval.mask {config.eval.mask!r} masks at random as training does: it needs config.model.image.mask "
             f"'random' and a mask_ratio above 0, got {image.mask!r} and {image.mask_ratio}; or set it to 'intact'"
         )
+    if any("*" in name for name in data.captions):
+        from flip_jax.data import caption_mix  # only runs that draw from several keys need it
+
+        caption_mix.split(data)
     for template in config.eval.templates:
         if template.count("{}") != 1:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")

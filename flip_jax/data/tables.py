@@ -319,6 +319,8 @@ class Parquet(shards.Shards):
         table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         image, captions, label, _, _ = self._columns(table.schema_arrow)
         names = {image, "key", label, *(name.partition("/")[0] for name in captions)}
+        shares = dict(zip(map(simple, self._captions), self._weights, strict=False))
+        weights = [shares[simple(name)] for name in captions if shares]
         columns = [name for name in table.schema_arrow.names if name in names]
 
         def same(numbered):
@@ -346,7 +348,7 @@ class Parquet(shards.Shards):
             elif isinstance(row[image], list) and len(row[image]) > 1:
                 rest = {"bad": "several images"}
             else:
-                rest = sample(picture, map(_flat, texts), None if value == -1 else value)
+                rest = sample(picture, map(_flat, texts), None if value == -1 else value, weights)
             yield str(row.get("key") or number), rest, last + 1
 
 
