@@ -24,11 +24,9 @@ def flops_per_sample(config: Config) -> float:
     visible = image.visible_patches
     embed = visible * 2 * 3 * image.patch_size**2 * image.width
     project = 2 * image.width * classes if classes else 2 * (image.width + text.width) * config.model.embed_dim
-
-    def encode(tower, tokens, rate):
-        hidden = tower.mlp_width or 4 * tower.width
-        return (3 if rate else 1) * tower.depth * tokens * 4 * tower.width * (2 * tower.width + hidden + tokens)
-
-    image_tower = encode(image, visible + 1, config.optim.image_rate)
-    text_tower = encode(text, 0 if classes else text.visible_tokens, config.optim.text_rate)
-    return (3.0 if config.optim.image_rate else 1.0) * embed + 3.0 * project + image_tower + text_tower
+    image_tower, text_tower = (
+        tower.depth * tokens * 4 * tower.width * (2 * tower.width + (tower.mlp_width or 4 * tower.width) + tokens)
+        for tower, tokens in ((image, visible + 1), (text, 0 if classes else text.visible_tokens))
+    )
+    image_times, text_times = (3.0 if rate else 1.0 for rate in (config.optim.image_rate, config.optim.text_rate))
+    return image_times * (embed + image_tower) + text_times * text_tower + 3.0 * project
