@@ -71,6 +71,7 @@ setup(
         "page": ["aiohttp>=3.14,<4"],  # `flip demo`
         "remote": ["aiohttp>=3.14,<4", "gcsfs", "s3fs"],  # shards over http, gs and s3
         "ray": ["ray>=2.50,<3"],  # `flip prepare`, `inspect` and `embed` on a cluster
+        "search": ["usearch>=2.26,<3"],  # `flip search` on millions of rows
         "tfds": ["tensorflow>=2.19"],
         "tensorboard": ["tensorboardX>=2.6,<3", "tensorboard>=2.19"],
         "wandb": ["wandb>=0.31,<1"],

@@ -223,9 +223,8 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
                 continue
             spread = [np.std(list(found.values()), ddof=1) if len(found) > 1 else 0 for _, found in curve]
             times, values = zip(*means(curve), strict=True)
-            bars = axes.errorbar(times, values, spread, marker="o", capsize=3)
-            place = {"xy": (times[-1], values[-1]), "xytext": (6, 4), "textcoords": "offset points"}
-            axes.annotate(NAMES[run], **place, color=bars[0].get_color(), fontweight="bold")
+            style = "--" if run in TUNED else "-"
+            axes.errorbar(times, values, spread, marker="o", capsize=3, linestyle=style, label=NAMES[run])
         end, accuracy = max(means(by_run["mask 0"]), default=(0, 0))
         needed = {run: time_to(means(curve), accuracy) for run, curve in by_run.items() if run != "mask 0"}
         if reached := [seconds for seconds in needed.values() if seconds]:
@@ -237,7 +236,8 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
         low, high = axes.get_xlim()
         ticks = [seconds for seconds in TICKS if low <= seconds <= high * 1.5]
         axes.set_xticks(ticks, [f"{t} s" if t < 60 else f"{t // 60} min" for t in ticks])
-        axes.set_xlim(low, high * 1.8)  # room for the names
+        axes.set_xlim(low, high)
+        axes.legend(loc="upper left")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

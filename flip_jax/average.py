@@ -34,6 +34,7 @@ def keep(
         updated, report = step(state, image, target)
         log = math.log(decay)
         share = jnp.expm1(log) / jnp.expm1(log * updated.step)  # (1 - decay) / (1 - decay**updates), without cancelling
+        share = jnp.where(updated.step == 1, 1, share)  # without rounding, so that a frozen tower's average is its own
         ema = jax.tree.map(lambda average, value: average + share * (value - average), state.ema, updated.params)
         return AveragedState(updated.step, updated.params, updated.opt_state, ema), report
 

@@ -138,7 +138,7 @@ class DataConfig:
         "text",
         "comment",
         "captions/text",
-    )  # the first found; "txt" is also the text file of a webdataset
+    )  # the first found; "txt" is also the text file of a webdataset. "WEIGHT*KEY,WEIGHT*KEY": one is drawn each epoch
     image: str = ""  # column or feature that holds the images; empty: a usual name
     allow_urls: bool = False  # a local CSV or Parquet file of your own may name images by URLs
     allow_parent_paths: bool = False  # the paths in a CSV or Parquet file of your own may hold ".."

@@ -4,6 +4,7 @@ import dataclasses
 import fractions
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -142,13 +143,8 @@ _CHOICES = {
 }
 _ABOVE_ZERO = ("optim.base_learning_rate", "model.norm_eps")
 _ZERO_OR_MORE = (
-    "optim.learning_rate",
-    "optim.clip_norm",
-    "optim.image_rate",
-    "optim.text_rate",
-    "model.decoder.weight",
-    "finetune.mixup",
-    "finetune.cutmix",
+    *("optim.learning_rate", "optim.clip_norm", "optim.image_rate", "optim.text_rate"),
+    *("model.decoder.weight", "finetune.mixup", "finetune.cutmix"),
 )
 _RANGES = {
     **dict.fromkeys(_ABOVE_ZERO, ("be above 0", lambda x: x > 0)),
@@ -269,6 +265,10 @@ def check(config: Config) -> None:
             f"config.eval.mask {config.eval.mask!r} masks at random as training does: it needs config.model.image.mask "
             f"'random' and a mask_ratio above 0, got {image.mask!r} and {image.mask_ratio}; or set it to 'intact'"
         )
+    if any("*" in name for name in data.captions):
+        from flip_jax.data import caption_mix  # only runs that draw from several keys need it
+
+        caption_mix.split(data)
     for template in config.eval.templates:
         if template.count("{}") != 1:
             raise UserError(f"config.eval.templates: each needs one {{}} for the class name, got {template!r}")
@@ -280,9 +280,15 @@ def _normalised(argument: str) -> str:
     key, known = name.lstrip("-").removeprefix("config."), flatten(Config())
     if name.lstrip("-") == "config" and equals:
         path, arg = find_recipe(value)
+        # Recipes import configs.common; `flip` does not run from the folder that holds both.
+        sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(path))))
         return f"{name}={path}:{arg}" if arg else f"{name}={path}"
-    if type(known.get(key)) is int:
-        return f"{name}={integral(value)}" if equals else name
+    if type(known.get(key)) is int and equals:
+        if not re.fullmatch(r"[+-]?[\d_]+", number := integral(value)):
+            raise UserError(f"config.{key} must be a whole number, got {value!r}")
+        return f"{name}={number}"
+    if key == "eval.tasks" and equals and not value:
+        return f"{name}=()"
     if key == "data.captions" and "," in value and value[0] not in "([":
         return f"{name}={tuple(key.strip() for key in value.split(','))!r}"
     return argument
@@ -303,6 +309,11 @@ def read_recipe(arguments: Sequence[str]) -> Config:
             f"--{repeated[0]} is given {keys.count(repeated[0])} times. If its value has braces or a glob, the shell "
             f"has expanded it: put it in quotes, --{repeated[0]}='...'"
         )
+    if unknown := [found[1] for a in arguments if (found := re.match(r"--?(?!-|config(?:[.=]|$))([\w-]+)", a))]:
+        raise UserError(_did_you_mean().options(unknown))
+    for first, second in zip(arguments, arguments[1:], strict=False):
+        if first.startswith("--config.") and "=" not in first and second.startswith("--"):
+            raise UserError(f"no value follows {first}: write {first}=VALUE")
     if "config" not in keys:
         raise UserError("--config=configs/NAME.py is missing; the recipes are in configs/")
     argv, values = ["recipe", *map(_normalised, arguments)], flags.FlagValues()

@@ -40,6 +40,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "dataset_type": ("data.train", "KIND:PATTERN, such as 'webdataset:/data/{00000..00127}.tar'"),
     "imagenet_val": ("eval.tasks", "zeroshot/imagenet=folder:DIR"),
     "imagenet_v2": ("eval.tasks", "zeroshot/imagenet_v2=folder:DIR"),
+    "csv_img_key": ("data.image", "the column of images"),
     "csv_caption_key": ("data.captions", "the columns of captions, the first found is read"),
     "force_patch_dropout": ("model.image.mask_ratio", "the share of patches that is removed"),
     "pretrained": ("init_from", "a run, or what flip convert has written"),
@@ -83,10 +84,14 @@ def option(name: str) -> str:
     return f"did you mean {(settings | options)[near[0]]}?" if near else "settings are given as --config.KEY=VALUE"
 
 
+def options(names: Sequence[str]) -> str:
+    """Returns the error text for unknown options."""
+    lines = [f"--{name} is unknown; {option(name)}" for name in names]
+    return "\n".join(lines if len(lines) == 1 else [*lines, "All flags of open_clip: docs/open_clip.md"])
+
+
 def reason(error: Exception, keys: Sequence[str]) -> str | None:
     """Returns what is wrong with a command line whose settings `keys` ml_collections refused; None if it is a bug."""
-    if isinstance(error, flags.UnrecognizedFlagError):
-        return f"--{error.flagname} is unknown; {option(error.flagname)}"
     if not isinstance(error, flags.Error):
         found = (config_check.unknown(key.removeprefix("config.")) for key in keys if "." in key)
         return next(filter(None, found), None)

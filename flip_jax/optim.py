@@ -39,26 +39,14 @@ def warmup_cosine(peak: float, warmup_steps: float, total_steps: float) -> optax
     return schedule
 
 
-def warmup_constant(peak: float, warmup_steps: float, cooldown_steps: float, total_steps: float) -> optax.Schedule:
-    """Rises linearly from 0 to `peak`, stays there, and falls linearly to 0 over the last `cooldown_steps`.
-
-    Until then the rate does not depend on `total_steps`, to the last bit.
-    """
-
-    def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
-        rise = jnp.where(step < warmup_steps, step / max(warmup_steps, 1), 1)
-        return peak * jnp.minimum(rise, jnp.clip((total_steps - step) / cooldown_steps, 0, 1) if cooldown_steps else 1)
-
-    return schedule
-
-
 def learning_rate(config: Config) -> optax.Schedule:
     """Returns the run's learning rate as a function of the optimizer step."""
     batch, peak = config.global_batch_size, peak_learning_rate(config)
     warmup, total = config.warmup_samples / batch, config.total_samples / batch
     if config.optim.schedule == "constant":
-        return warmup_constant(peak, warmup, config.optim.cooldown_samples / batch, total)
+        from flip_jax import optimizers  # only runs with it need it
+
+        return optimizers.warmup_constant(peak, warmup, config.optim.cooldown_samples / batch, total)
     return warmup_cosine(peak, warmup, total)
 
 

@@ -1,4 +1,4 @@
-"""LAMB, Muon, and rates that differ by tower and by layer: what a run with AdamW and one rate does not load."""
+"""LAMB, Muon, rates that differ by tower and layer, and the constant schedule: what the paper's runs do not load."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -27,6 +27,20 @@ def muon(adam: Part, decay: Part) -> tuple[Part, ...]:
 
 # Name -> the parts of an update before the learning rate, from AdamW's: the direction, and the decay added to it.
 UPDATES: dict[str, Callable[[Part, Part], tuple[Part, ...]]] = {"lamb": lamb, "muon": muon}
+
+
+def warmup_constant(peak: float, warmup_steps: float, cooldown_steps: float, total_steps: float) -> optax.Schedule:
+    """Rises linearly from 0 to `peak`, stays there, and falls linearly to 0 over the last `cooldown_steps`.
+
+    Until then the rate does not depend on `total_steps`, to the last bit.
+    """
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.where(step < warmup_steps, step / max(warmup_steps, 1), 1)
+        return peak * jnp.minimum(rise, jnp.clip((total_steps - step) / cooldown_steps, 0, 1) if cooldown_steps else 1)
+
+    return schedule
 
 
 def by_trust_ratio() -> Part:

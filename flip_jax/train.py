@@ -45,7 +45,7 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     for stage in stages:
         check_batches(stage.config, mesh)
     limit = memory.device_memory()  # before this process takes some of it
-    if limit and memory.on_cpu(mesh):
+    if limit and memory.on_cpu(mesh) and not config.init_model:  # whose size is not known yet
         from flip_jax import too_large
 
         for stage in stages:

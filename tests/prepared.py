@@ -5,13 +5,14 @@ import tarfile
 from flip_jax.config import DataConfig
 from flip_jax.data import sources
 from flip_jax.tools import prepare as prepare_tool
+from flip_jax.tools import units
 from flip_jax.tools.source_units import SourceUnits
 
 
-def prepare(source, out, shards=4, shortest_side=None, seed=0, workers=0, ray="", **filters):
+def prepare(source, out, shards=4, shortest_side=None, seed=0, crew=units.HERE, **filters):
     settings = {"source": source, "shards": shards, "shortest_side": shortest_side, "seed": seed, **filters}
     cut = SourceUnits(source, sources.open_source(source, DataConfig()), DataConfig())
-    return prepare_tool.prepare(cut, DataConfig(), out, settings, workers, ray)
+    return prepare_tool.prepare(cut, DataConfig(), out, settings, crew)
 
 
 def contents(folder):

@@ -23,10 +23,10 @@ def test_each_update_counts_by_its_age_and_the_start_not_at_all(decay):
     seen = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 
     def init():
-        return TrainState(jnp.int32(0), {"w": jnp.full(3, 1e6)}, ())
+        return TrainState(jnp.int32(0), {"w": jnp.full(3, 1e6), "frozen": jnp.asarray(seen)}, ())
 
     def step(state, image, target):
-        return TrainState(state.step + 1, {"w": jnp.asarray(seen)[state.step]}, state.opt_state), {}
+        return TrainState(state.step + 1, state.params | {"w": jnp.asarray(seen)[state.step]}, state.opt_state), {}
 
     start, advance, abstract, _ = average.keep(decay, init, step, jax.eval_shape(init), jax.eval_shape(init))
     state = start()
@@ -36,6 +36,7 @@ def test_each_update_counts_by_its_age_and_the_start_not_at_all(decay):
         weight = decay ** np.arange(count)[::-1]
         # Six sums of numbers near 1.
         np.testing.assert_allclose(state.ema["w"], weight @ seen[:count] / weight.sum(), rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(state.ema["frozen"], seen)
 
 
 def test_without_it_the_state_has_no_such_part_and_with_it_one_more_copy_of_the_weights():

@@ -1,8 +1,10 @@
 """Settings: recipes equal the paper, and every mistake is named with its remedy."""
 
 import dataclasses
+import sys
 
 import pytest
+from helpers import REPO
 from ml_collections import ConfigDict
 
 from flip_jax import config as config_lib
@@ -74,6 +76,9 @@ def test_the_command_line_of_a_recipe():
         (["--config=configs/flip_l61.py"], r"no recipe 'configs/flip_l61.py'; did you mean configs/flip_l16.py\?"),
         ([L16, "--wokdir=a"], r"--wokdir is unknown; did you mean --workdir\?"),
         ([L16, "--batch_size=8"], "--batch_size is unknown; did you mean --config.global_batch_size"),
+        ([L16, "--config.seed="], "config.seed must be a whole number, got ''"),
+        ([L16, "--config.global_batch_size=abc"], "config.global_batch_size must be a whole number, got 'abc'"),
+        ([L16, "--config.data.train", "--config.seed=1"], "no value follows --config.data.train"),
         ([L16, "--config.batch_size=8"], "config.batch_size is unknown; did you mean --config.global_batch_size"),
         ([L16, "--epochs", "3"], r"did you mean --config.total_samples \(epochs x samples in the data\)"),
         ([L16, "--save-frequency=1"], "did you mean --config.checkpoint.every_steps"),
@@ -87,6 +92,13 @@ def test_a_wrong_command_line_is_one_clear_error(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         config_check.read_recipe(arguments)
     assert "Traceback" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_all_flags_of_another_program_are_named_at_once():
+    with pytest.raises(UserError) as caught:
+        config_check.read_recipe([L16, "--lr=1", "--train-data=a"])
+    lines = str(caught.value).splitlines()
+    assert [line.split()[0] for line in lines] == ["--lr", "--train-data", "All"]
 
 
 def test_the_words_of_other_programs_lead_to_settings_that_exist():
@@ -196,3 +208,12 @@ def test_a_mistake_is_named(key, value, message):
 
 def test_integers_pass_as_floats():
     assert config_check.from_config_dict({"model": {"init_logit_scale": 10}}).model.init_logit_scale == 10.0
+
+
+def test_a_recipe_is_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(REPO))])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    config = config_check.read_recipe([f"--config={REPO}/configs/flip_b16.py", "--config.eval.tasks="])
+    assert (config.model.image.width, config.eval.tasks) == (768, ())

@@ -132,7 +132,9 @@ def test_the_architecture_is_taken_but_not_what_belongs_to_a_run(monkeypatch, cl
 def test_tuning_takes_the_model_and_the_tokenizer_that_it_starts_from(shards, tmp_path):
     first, tuned = tmp_path / "first", tmp_path / "tuned"
     helpers.run_command(helpers.arguments(shards, first, total_samples=64, warmup_samples=32))
-    settings = {"data.train": f"webdataset:{shards}/*.tar", "data.captions": "cls", "data.workers": 0}
+    pairs = [{"png": helpers.png(i), "txt": b"number %d" % i} for i in range(64)]
+    helpers.write_samples(tmp_path / "own.tar", pairs)
+    settings = {"data.train": f"webdataset:{tmp_path}/own.tar", "data.workers": 0}
     settings |= {"data.shuffle_window": 50, "model.image.image_size": 32, "global_batch_size": 32}
     settings |= {"total_samples": 96, "warmup_samples": 32, "optim.image_rate": 0.0}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks import turns
 from flip_jax import config as config_lib
-from flip_jax import config_check
+from flip_jax import config_check, stages
 from flip_jax.data import sources
 from flip_jax.tools import COMMANDS
 from flip_jax.tools import __main__ as command_line
@@ -188,7 +188,7 @@ def test_a_setting_in_the_text_exists(page):
     names = re.findall(rf"`((?:{'|'.join(groups)})\.\w+)[`=]", page.read_text().replace("`config.", "`"))
     for name in names:
         if not name.endswith((".py", ".md", ".load", ".json")):
-            assert name in SETTINGS or name == "config.data", name
+            assert name in SETTINGS or name in ("config.data", stages.STATE), name
 
 
 @each_page
@@ -242,6 +242,10 @@ RUN = {
         "--config.microbatches=2",
         "--config.eval.every_steps=3",
     ],
+    "python main.py --config=configs/flip_emoji.py": [
+        *(word for word in SMALL if "mask" not in word),
+        "--config.microbatches=1",
+    ],
     "flip check": [],
     "flip evaluate": ["--batch_size=64", "--classnames=pairs/classes.txt"],
     "flip report": [],
@@ -259,6 +263,7 @@ REPLACED = {
     "/data/pairs/{00000..00127}.tar": "pairs/{00000..00001}.tar",
     "/data/even": "even",
     "--shards=256": "--shards=3",
+    "csv:/data/pairs.csv": "webdataset:pairs/*.tar",
     "/data/bert_uncased/vocab.txt": "vocab.txt",
     "zeroshot/imagenet,retrieval/coco": "zeroshot/webdataset:pairs/*.tar,retrieval/webdataset:pairs/*.tar",
     "--config.init_from=converted": "--config.init_from=runs/b16",

@@ -186,10 +186,11 @@ def test_the_data_go_on_where_the_stage_before_stopped(shards):
     alone.close()
 
 
-@pytest.mark.parametrize("positions", ["sincos", "learned"])
-def test_the_state_fits_the_next_stage(positions):
+@pytest.mark.parametrize("positions, ema", [("sincos", 0.0), ("learned", 0.9)])
+def test_the_state_fits_the_next_stage(positions, ema):
     text = "160:model.image.image_size=16;160;160:optim.state=fresh"
-    plan = stages.plan(staged(text, model=model_with(image_positions=positions)))
+    settings = dataclasses.replace(CONFIG.optim, ema=ema)
+    plan = stages.plan(staged(text, model=model_with(image_positions=positions), optim=settings))
     mesh = sharding.make_mesh(MeshConfig(fsdp=2))
     with jax.set_mesh(mesh):
         small, large, fresh = (train_step.make_program(one.config, mesh, one.first) for one in plan)

@@ -1,7 +1,7 @@
 """The content of a record: the check that makes it usable, captions, JSON and tf.train.Example."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -9,22 +9,28 @@ from google.protobuf.message import DecodeError
 from flip_jax.data.records import MAX_IMAGE, MAX_TEXT, Record
 
 
-def sample(image: Any, captions: Iterable[Any], label: int | None = None) -> Record:
+def sample(image: Any, captions: Iterable[Any], label: int | None = None, weights: Sequence[float] = ()) -> Record:
     """Checks the content of a record, and returns what its key and epoch are merged with.
 
     Each of `captions` is a string, bytes, or a list of them, which may be written as JSON; the first one that is not
-    blank is used.
+    blank is used, or, with `weights`, all of them.
     """
     if not image or not isinstance(image, bytes):
         return {"bad": "no image"}
     try:
         found = ((i, texts) for i, caption in enumerate(captions) if (texts := _texts(caption)))
-        place, texts = next(found, (-1, []))
+        several = list(found) if weights else []
+        place, texts = several[0] if several else next(found, (-1, []))
     except UnicodeError:
         return {"bad": "caption is not UTF-8"}
-    if len(image) > MAX_IMAGE or any(len(text) > MAX_TEXT for text in texts):
+    record = {"image": image, "texts": texts, "caption": place, "label": label}
+    if several:
+        from flip_jax.data import caption_mix
+
+        record |= caption_mix.joined(several, weights)
+    if len(image) > MAX_IMAGE or any(len(text) > MAX_TEXT for text in record["texts"]):
         return {"bad": "too large"}
-    return {"image": image, "texts": texts, "caption": place, "label": label}
+    return record
 
 
 def _texts(value):

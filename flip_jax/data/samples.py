@@ -51,7 +51,8 @@ def prepare(records: Iterable[Record], config: Config, target: Target) -> list[A
                 raise BadRecord(record["bad"])
             choices = target.choices(record)
             rng = transforms.generator(config.seed, record["epoch"], record["key"])
-            choice = rng.choice(choices)
+            chances = record.get("chances") if target.name == "text" else None
+            choice = rng.choices(choices, chances)[0] if chances else rng.choice(choices)
             samples.append(transforms.decode(record["image"], config.model.image.image_size, config.data, rng))
             drawn.append(choice)
         except BadRecord as error:

@@ -59,7 +59,7 @@ class Shards:
     def __init__(self, pattern: str | list[str], data: DataConfig):
         self.paths = paths.expand(pattern) if isinstance(pattern, str) else pattern
         self.window, self.interleave = data.shuffle_window, data.interleave
-        self._data, self._captions = data, data.captions
+        self._data, self._captions, self._weights = data, data.captions, getattr(data, "weights", ())
         self.ignored: Counter[str] = Counter()  # what no sample is made of, by kind
         self._failed = set()  # paths that all attempts failed for: they get one attempt in later epochs
 
@@ -166,7 +166,7 @@ class WebDataset(Shards):
         if not re.fullmatch(rb"\d{0,9}", label):
             return {"bad": "class is no number"}
         image = next((parts[extension] for extension in self._images if extension in parts), None)
-        return sample(image, map(fields.get, self._captions), int(label) if label else None)
+        return sample(image, map(fields.get, self._captions), int(label) if label else None, self._weights)
 
 
 class TfRecord(Shards):
@@ -209,7 +209,11 @@ class TfRecord(Shards):
                 yield str(start), {"bad": "not an Example"}, offset
                 continue
             image = next((fields[name][0] for name in self._images if fields.get(name)), None)
-            yield example_key(fields, start), sample(image, map(fields.get, self._captions)), offset
+            yield (
+                example_key(fields, start),
+                sample(image, map(fields.get, self._captions), None, self._weights),
+                offset,
+            )
 
 
 class Member(NamedTuple):

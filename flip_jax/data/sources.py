@@ -62,10 +62,20 @@ def open_source(source: str, data: DataConfig, key: str = "source") -> Any:
     if kind not in KINDS or not rest:
         raise UserError(f'{key} must be "KIND:REST" with KIND one of {", ".join(KINDS)}; got {source!r}')
     rest = os.path.expanduser(rest)  # the shell expands "~" only at the start of a word
+    data = with_keys(data, kind, key == "config.data.train")
     try:
         return class_of(kind)(rest, data)
     except (UserError, OSError) as error:  # OSError: the system or the store refuses a path of the source
         raise UserError(f"{key} {source!r}: {error}") from error
+
+
+def with_keys(data: DataConfig, kind: str, training: bool = True) -> DataConfig:
+    """Separates the weights of `data.captions` from the keys, where they have some."""
+    if not any("*" in name for name in data.captions):
+        return data
+    from flip_jax.data import caption_mix  # only runs that draw from several keys need it
+
+    return caption_mix.opened(kind, data, training)
 
 
 def class_of(kind: str) -> Any:

@@ -149,10 +149,13 @@ def _header(path, line, data):
 def _no_columns(path, names, separator, data):
     """Says which columns a file needs, and which it has."""
     has = ", ".join(repr(name[:100].encode(errors="replace").decode()) for name in names[:20])
+    image, captions, label = _wanted(names, data)
+    images = f"a column with paths of images: {data.image or ' or '.join(PATHS)}; name another in config.data.image"
+    texts = f"captions or labels: {', '.join((*data.captions, *LABELS))}; name others in config.data.captions"
+    lacks = " and ".join(([] if image else [images]) + ([] if captions or label else [texts]))
     return (
-        f"{path} needs a column {data.image or ' or '.join(PATHS)} (config.data.image), and one of "
-        f"{', '.join(data.captions)} (config.data.captions) or {', '.join(LABELS)}; its first line, separated by "
-        f"{SEPARATORS[separator]}, has {has}. The first line must name the columns"
+        f"{path} lacks {lacks}. Its first line, which must name the columns, is, separated by "
+        f"{SEPARATORS[separator]}: {has}"
     )
 
 
@@ -316,6 +319,8 @@ class Parquet(shards.Shards):
         table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         image, captions, label, _, _ = self._columns(table.schema_arrow)
         names = {image, "key", label, *(name.partition("/")[0] for name in captions)}
+        shares = dict(zip(map(simple, self._captions), self._weights, strict=False))
+        weights = [shares[simple(name)] for name in captions if shares]
         columns = [name for name in table.schema_arrow.names if name in names]
 
         def same(numbered):
@@ -343,7 +348,7 @@ class Parquet(shards.Shards):
             elif isinstance(row[image], list) and len(row[image]) > 1:
                 rest = {"bad": "several images"}
             else:
-                rest = sample(picture, map(_flat, texts), None if value == -1 else value)
+                rest = sample(picture, map(_flat, texts), None if value == -1 else value, weights)
             yield str(row.get("key") or number), rest, last + 1
 
 

@@ -60,7 +60,8 @@ class _Server:
         tokenizer = Tokenizer.from_json(settings["tokenizer"]) if settings["tokenizer"] else None
         self._target = samples.make_target(config, tokenizer)
         self._sources = [
-            described and sources.class_of(described[0])(described[1], config.data) for described in settings["sources"]
+            kind and sources.class_of(kind)(paths, sources.with_keys(config.data, kind))
+            for kind, paths in (described or ("", ()) for described in settings["sources"])
         ]
         self._layout, self._too_slow = Layout(config, settings["rows"]), settings["too_slow"]
         self._begin = self._tape = settings["tape"] * TAPE

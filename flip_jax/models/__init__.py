@@ -25,10 +25,8 @@ def flops_per_sample(config: Config) -> float:
     embed = visible * 2 * 3 * image.patch_size**2 * image.width
     project = 2 * image.width * classes if classes else 2 * (image.width + text.width) * config.model.embed_dim
     image_tower, text_tower = (
-        (3 if rate else 1) * tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
-        for rate, tower, tokens in (
-            (config.optim.image_rate, image, visible + 1),
-            (config.optim.text_rate, text, 0 if classes else text.visible_tokens),
-        )
+        tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
+        for tower, tokens in ((image, visible + 1), (text, 0 if classes else text.visible_tokens))
     )
-    return (3.0 if config.optim.image_rate else 1.0) * embed + 3.0 * project + image_tower + text_tower
+    image_times, text_times = (3.0 if rate else 1.0 for rate in (config.optim.image_rate, config.optim.text_rate))
+    return image_times * (embed + image_tower) + text_times * text_tower + 3.0 * project

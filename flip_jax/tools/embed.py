@@ -206,8 +206,7 @@ def write_index(
     dtype: str = "float32",
     rows_per_part: int = 10_000,
     batch_size: int = 256,
-    workers: int = 0,
-    ray: str = "",
+    crew: units.Size | None = None,
 ) -> dict[str, Any]:
     """Embed a source into the folder `out`; resume if it was started.
 
@@ -228,12 +227,13 @@ def write_index(
     cut = SourceUnits(name, source, data, rows_per_part, reopen)
     if not len(cut):
         raise UserError(f"--source {name!r} is empty")
-    with units.Crew(EmbedJob(encoder, model, cut, data, out, settings, batch_size), workers, ray) as crew:
+    job = EmbedJob(encoder, model, cut, data, out, settings, batch_size)
+    with units.Crew(job, crew or units.Size(threads=units.cores())) as workers:
         found: dict[str, Any] = {}
-        if crew.run([IDENTITY], lambda _, identity: found.update(identity), quiet=True):
+        if workers.run([IDENTITY], lambda _, identity: found.update(identity), quiet=True):
             raise UserError(f"--model {model!r} ends every worker that loads it: it may not fit into memory")
         embedding = Embedding(out, cut, data, settings | found, os.path.abspath(model))
-        embedding.run(crew)
+        embedding.run(workers)
     return embedding.index
 
 
@@ -268,6 +268,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.tfds_dir:
         data = dataclasses.replace(data, tfds_dir=arguments.tfds_dir)
     source = open_source(arguments.source, data, arguments.texts)
+    workers = arguments.workers or (0 if arguments.ray else max(1, len(gpus())))
     with lock.hold(arguments.out / lock.NAME, f"--out {str(arguments.out)!r}"):
         index = write_index(
             None,
@@ -280,8 +281,7 @@ def main(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             rows_per_part=arguments.rows,
             batch_size=arguments.batch_size,
-            workers=arguments.workers or (0 if arguments.ray else max(1, len(gpus()))),
-            ray=arguments.ray,
+            crew=units.Size(workers, arguments.ray, max(1, units.cores() // max(1, workers))),
         )
     counts = f"{index['rows']} {index['embedded']} of {index['read']} records in {len(index['parts'])} parts"
     print(f"{arguments.out}: {counts}")

@@ -3,8 +3,6 @@
 import collections
 import itertools
 import pathlib
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,11 @@ from flip_jax.data import transforms
 from flip_jax.data.records import END
 from flip_jax.runtime import UserError
 from flip_jax.tools import index as index_lib
-from flip_jax.tools.source_units import Place, SourceUnits
+from flip_jax.tools.source_units import SourceUnits
 from flip_jax.tools.unit_workers import Watch
 
 IN_FLIGHT = 2  # batches queued on the devices before the first is waited for
+END_OF_UNIT = (None, None, None)
 
 
 class Parts:
@@ -51,35 +50,29 @@ class Parts:
             except transforms.BadImage as error:
                 return str(error)
 
-        def one_by_one(places):
-            """Prepare one record after the other: a worker died, and it is to be known at which."""
-            for _, place in watch(places, lambda place: place.offset if self._source.sharded else place.item):
-                prepared = prepare(place.record)
-                watch.rest()
-                yield place, prepared
-
         block, offset = self.written(unit)
         if offset == END:
             return 0
         batches = _Batches(encoder, self._texts, batch_size)
         columns, bad, read, done = collections.defaultdict(list), [], 0, 0
-        with ThreadPoolExecutor() as pool:
-            # A table's part is its whole unit, so an offset is always one in a shard.
-            places = self._source.read(unit, rows, offset)
-            found = one_by_one(places) if watch.careful else _ahead(pool, prepare, places, 2 * batch_size)
-            for ((record, item, at), prepared), following in itertools.pairwise(itertools.chain(found, [(None, None)])):
-                read += 1
-                if isinstance(prepared, str):
-                    bad.append((record["key"], prepared))
-                    prepared = []
-                for texts, value in prepared:
-                    for name, cell in (("key", record["key"]), ("texts", texts), ("item", item), ("offset", at)):
-                        columns[name].append(cell)
-                    batches.add(value)
-                if read == self._rows or not following[0]:
-                    meta = {"next": following[0].offset if following[0] else END, "read": read, "bad": bad}
-                    self.save(index_lib.part_name(unit, block), columns, batches.take(), meta)
-                    columns, bad, read, done, block = collections.defaultdict(list), [], 0, done + read, block + 1
+        # A table's part is its whole unit, so an offset is always one in a shard.
+        places = self._source.read(unit, rows, offset)
+        found = watch(prepare, places, lambda place: place.offset if self._source.sharded else place.item)
+        pairs = itertools.pairwise(itertools.chain(found, [END_OF_UNIT]))
+        for (_, (record, item, at), result), (_, following, _) in pairs:
+            read += 1
+            prepared = result.result()
+            if isinstance(prepared, str):
+                bad.append((record["key"], prepared))
+                prepared = []
+            for texts, value in prepared:
+                for name, cell in (("key", record["key"]), ("texts", texts), ("item", item), ("offset", at)):
+                    columns[name].append(cell)
+                batches.add(value)
+            if read == self._rows or not following:
+                meta = {"next": following.offset if following else END, "read": read, "bad": bad}
+                self.save(index_lib.part_name(unit, block), columns, batches.take(), meta)
+                columns, bad, read, done, block = collections.defaultdict(list), [], 0, done + read, block + 1
         return done
 
     def written(self, unit: int) -> tuple[int, int]:
@@ -127,15 +120,3 @@ class _Batches:
         self._waiting = []
         if len(self._flying) > IN_FLIGHT:
             self._done.append(np.asarray(self._flying.pop(0)))
-
-
-def _ahead(pool: Executor, function: Any, places: Iterator[Place], count: int) -> Iterator[tuple[Place, Any]]:
-    """Yield (place, function of its record) in order, computing up to `count` of them ahead."""
-    waiting = collections.deque()
-    for place in places:
-        waiting.append((place, pool.submit(function, place.record)))
-        if len(waiting) > count:
-            value, future = waiting.popleft()
-            yield value, future.result()
-    for value, future in waiting:
-        yield value, future.result()

@@ -150,7 +150,7 @@ class Index:
         queries, first = len(query_QxE), 0
         score_QxK, row_QxK = np.zeros((queries, 0), np.float32), np.zeros((queries, 0), np.int64)
         with tqdm(total=self.settings["rows"], unit=" rows", mininterval=1, delay=2) as bar:
-            for block_NxE in self._blocks():
+            for block_NxE in self.blocks():
                 score_QxN = query_QxE.astype(np.float32) @ block_NxE.astype(np.float32).T
                 row_QxN = np.broadcast_to(np.arange(first, first + len(block_NxE)), score_QxN.shape)
                 first += len(block_NxE)
@@ -158,13 +158,17 @@ class Index:
                     np.concatenate([score_QxK, score_QxN], axis=1), np.concatenate([row_QxK, row_QxN], axis=1), top
                 )
                 bar.update(len(block_NxE))
+        return self.hits(score_QxK, row_QxK)
+
+    def hits(self, score_QxK: np.ndarray, row_QxK: np.ndarray) -> list[list[Hit]]:
+        """Read the rows that were found for each query."""
         rows = self._rows(np.unique(row_QxK))
         return [
             [Hit(float(score), **rows[row]) for score, row in zip(scores, ids, strict=True)]
             for scores, ids in zip(score_QxK, row_QxK, strict=True)
         ]
 
-    def _blocks(self) -> Iterator[np.ndarray]:
+    def blocks(self) -> Iterator[np.ndarray]:
         """Yield all embeddings in order, at most `BLOCK` at a time."""
         for name, count in self._parts.items():
             path, seen = part_path(self._folder, name), 0

@@ -6,6 +6,7 @@ sizes, caption lengths and the rate, and writes a grid of random images to inspe
 
 import argparse
 import contextlib
+import itertools
 import pathlib
 import time
 from collections import Counter
@@ -184,18 +185,20 @@ class Inspection(units.Job):
         """Return the rows of a table."""
         return self._source.payload(unit)
 
+    def _look(self, record):
+        decode(record, SIZE, self._data)
+        return transforms.open_image(record["image"], self._data)
+
     def do(self, unit: int, payload: Any, watch: Watch, limit: int | None = None) -> dict[str, Any]:
         """Return the `Summary` of a unit, or of its first `limit` records."""
         summary = Summary()
         if ignored := getattr(self._source.source, "ignored", None):
             ignored.clear()  # of the units before
-        for number, place in watch(self._source.read(unit, payload)):
-            if limit is not None and number == limit:
-                break
+        places = itertools.islice(self._source.read(unit, payload), limit)
+        for number, place, looked_at in watch(self._look, places):
             bad, image = "", None
             try:
-                decode(place.record, SIZE, self._data)
-                image = transforms.open_image(place.record["image"], self._data)
+                image = looked_at.result()
             except transforms.BadImage as error:
                 bad = str(error)
             summary.add(unit, number, place, bad, image)
@@ -203,20 +206,18 @@ class Inspection(units.Job):
         return summary.plain()
 
 
-def inspect(
-    source: SourceUnits, data: DataConfig, limit: int | None = None, workers: int = 0, ray: str = ""
-) -> Summary:
+def inspect(source: SourceUnits, data: DataConfig, limit: int | None = None, crew: units.Size = units.HERE) -> Summary:
     """Summarise a source by workers, or without them; or its first `limit` records."""
     job, summary = Inspection(source, data), Summary()
     if limit:
         with tqdm(total=limit, unit=" records", mininterval=1) as bar:
             for unit in range(len(source)):
                 if summary.read < limit:
-                    summary.merge(job.do(unit, job.payload(unit), Watch(), limit - summary.read))
+                    summary.merge(job.do(unit, job.payload(unit), Watch(threads=units.cores()), limit - summary.read))
                     bar.update(summary.read - bar.n)
     else:
-        with units.Crew(job, workers, ray) as crew:
-            skipped = crew.run(range(len(source)), lambda _, found: summary.merge(found))
+        with units.Crew(job, crew) as workers:
+            skipped = workers.run(range(len(source)), lambda _, found: summary.merge(found))
         summary.notes += [
             f"  skipped: {job.name(unit)}: it ends its worker ({cause})" for unit, cause in skipped.items()
         ]
@@ -265,8 +266,8 @@ def main(arguments: argparse.Namespace) -> None:
     source, data = open_source(arguments)
     cut = SourceUnits(arguments.source, source, data)
     options.make_folder("--out", arguments.out)
-    workers, start = units.count(arguments, len(cut)), time.perf_counter()
-    summary = inspect(cut, data, arguments.limit, workers, arguments.ray)
+    crew, start = units.size(arguments, len(cut)), time.perf_counter()
+    summary = inspect(cut, data, arguments.limit, crew)
     rate = summary.read / (time.perf_counter() - start)
     summary.draw(arguments.out / GRID_FILE, source, data)
     print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}")

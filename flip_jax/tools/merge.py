@@ -25,6 +25,7 @@ from flip_jax.tools import card, drawing, evaluate, options
 
 EXAMPLE = "flip merge runs/b16 runs/tuned --alpha=0:1:0.1 --tasks=zeroshot/imagenet,retrieval/coco --chart=merged.png"
 IGNORED = set(weights.OWN) - {"model.image.image_size"}  # settings that may differ: they change no weight
+MOST = 1000  # alphas; more are a step with too many zeros
 Results = Mapping[float, evaluate.Results]  # {alpha: {task: {metric: value}}}
 
 
@@ -33,13 +34,15 @@ def alphas(text: str) -> list[float]:
     try:
         if ":" in text:
             first, last, step = map(fractions.Fraction, text.split(":"))
-            values = [first + i * step for i in range(int((last - first) / step) + 1)]
+            values = [first + i * step for i in range(min(int((last - first) / step), MOST) + 1)]
         else:
             values = [fractions.Fraction(part) for part in text.split(",")]
     except (ValueError, ZeroDivisionError):
         values = []
-    if not values or min(values) < 0 or max(values) > 1:
-        raise argparse.ArgumentTypeError(f"must be FIRST:LAST:STEP or numbers, within 0 and 1, got {text!r}")
+    if not values or len(values) > MOST or min(values) < 0 or max(values) > 1:
+        raise argparse.ArgumentTypeError(
+            f"must be FIRST:LAST:STEP or numbers, within 0 and 1 and at most {MOST}, got {text!r}"
+        )
     return [float(value) for value in values]
 
 

@@ -90,6 +90,11 @@ class Preparation(units.Job):
         scorer, settings = self._scorer, self.settings
         with spill.Writer(self.path("filter", unit), f"{settings['seed']}/unit {unit}") as writer:
 
+            def pack(record):
+                parts, texts = members(record, settings, self.data)
+                scored = scorer and texts
+                return parts, texts, transforms.decode(record["image"], scorer.size, scorer.data) if scored else None
+
             def keep(number, place, parts):
                 writer.add(number, parts)
                 if settings["dedup"]:
@@ -107,18 +112,16 @@ class Preparation(units.Job):
                         removed.add(kind, priority(unit, number), place.item, place.offset, f"{found:.3f}")
                 waiting.clear()
 
-            for number, place in watch(self.source.read(unit, rows)):
+            for number, place, packed in watch(pack, self.source.read(unit, rows)):
                 read += 1
                 try:
-                    parts, texts = members(place.record, settings, self.data)
-                    if scorer and texts:
-                        pixels = transforms.decode(place.record["image"], scorer.size, scorer.data)
+                    parts, texts, pixels = packed.result()
                 except transforms.BadImage as error:
                     bad.add(str(error), priority(unit, number), place.item, place.offset)
                 except filters.Removed as error:
                     removed.add(str(error), priority(unit, number), place.item, place.offset)
                 else:
-                    if scorer and texts:
+                    if pixels is not None:
                         waiting.append((number, place, parts, texts, pixels))
                         if len(waiting) == filters.BATCH:
                             score()
@@ -235,7 +238,7 @@ class Done:
 
 
 def prepare(
-    source: SourceUnits, data: DataConfig, out: pathlib.Path, settings: dict[str, Any], workers: int = 0, ray: str = ""
+    source: SourceUnits, data: DataConfig, out: pathlib.Path, settings: dict[str, Any], crew: units.Size = units.HERE
 ) -> Done:
     """Write the shards, or resume writing them; without workers in this process.
 
@@ -245,11 +248,11 @@ def prepare(
     job = Preparation(source, data, out, settings | {"items": source.items})
     done = _start(job)
     if not done:
-        with units.Crew(job, workers, ray, marks=job.work) as crew:
-            done = _plan(job, crew)
+        with units.Crew(job, crew, marks=job.work) as workers:
+            done = _plan(job, workers)
             present = set(os.listdir(out))
             todo = [("write", i) for i in range(job.shards) if job.path("write", i).name not in present]
-            if failed := crew.run(todo, lambda *_: None, says="write"):
+            if failed := workers.run(todo, lambda *_: None, says="write"):
                 raise UserError(
                     f"{len(failed)} shards could not be written, {next(iter(failed.values()))}: run it again"
                 )
@@ -280,6 +283,8 @@ def _start(job):
         then, now = (", ".join(f"{name} {part.get(name)!r}" for name in changed) for part in (earlier, job.settings))
         raise UserError(f"--out {str(out)!r} was started with {then}, not {now}: use another folder")
     job.work.mkdir(exist_ok=True)
+    for stale in job.work.glob("new-*"):  # of workers that were killed
+        stale.unlink()
     return saved["done"]
 
 
@@ -366,9 +371,9 @@ def main(arguments: argparse.Namespace) -> None:
     settings = {name: getattr(arguments, name) for name in names}
     source, data = inspect.open_source(arguments)
     cut, out = SourceUnits(arguments.source, source, data), pathlib.Path(arguments.out)
-    workers = units.count(arguments, len(cut))
+    crew = units.size(arguments, len(cut))
     with lock.hold(out / lock.NAME, f"--out {str(out)!r}"):
-        done = prepare(cut, data, out, settings, workers, arguments.ray)
+        done = prepare(cut, data, out, settings, crew)
     counts = f"{done.written} written to {done.shards} shards, {done.bad.counts.total()} bad"
     removed = f", {done.removed.counts.total()} removed" if done.removed.counts else ""
     print(f"{done.read} records read: {counts}{removed}")

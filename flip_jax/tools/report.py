@@ -64,7 +64,7 @@ def report(folder: pathlib.Path, queries: Sequence[str]) -> None:
     """
     lines = metrics_file.read(epath.Path(folder))
     if not lines:
-        raise UserError(f"{folder} has no metrics.jsonl with the metrics of a run: --model must be the folder of a run")
+        raise UserError(f"{folder} holds no run (no metrics.jsonl): give the folder that was --workdir")
     encoder = load(folder)
     out = folder / "report"
     options.make_folder("--model", out)

@@ -1,7 +1,8 @@
 """Find the rows of an index that are nearest to a text or an image.
 
-Prints the nearest rows to each query with their cosines. The search is exact: it reads all embeddings written by
-`flip embed`, a block at a time. --text and --image may be repeated. With --out an HTML page shows the hits; it needs no
+Prints the nearest rows to each query with their cosines. The search reads all embeddings written by `flip embed`, a
+block at a time, and is exact; above --approximate_above rows it looks them up in an approximate index, which the first
+search makes. --text and --image may be repeated. With --out an HTML page shows the hits; it needs no
 other file, because their images are read again from the source of the index.
 """
 
@@ -11,6 +12,7 @@ import dataclasses
 import html
 import io
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +23,14 @@ from flip_jax import inference, runtime, untrusted
 from flip_jax.config import DataConfig
 from flip_jax.data import records, transforms
 from flip_jax.runtime import UserError
-from flip_jax.tools import embed, options
+from flip_jax.tools import approximate, embed, options
 from flip_jax.tools import index as index_lib
 from flip_jax.tools.index import Hit, Index
 
 EXAMPLE = 'flip search --index=index --model=runs/b16 --text="a red fox" --out=hits.html'
 
 SIZE = 160  # pixels of an image on a page of hits
+APPROXIMATE_ABOVE = 1_000_000  # rows; reading 2 GB of embeddings takes seconds
 Query = tuple[str, np.ndarray | None]  # title, and the image if the query is one
 
 
@@ -109,6 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", action="append", default=[], metavar="FILE", help="image to search for; may be repeated"
     )
     parser.add_argument("--top", type=options.positive, default=20, metavar="N", help="hits per query (default: 20)")
+    parser.add_argument(
+        "--approximate_above",
+        type=options.positive,
+        default=APPROXIMATE_ABOVE,
+        metavar="N",
+        help=f"rows; up to them the search is exact (default: {APPROXIMATE_ABOVE})",
+    )
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE.html", help="page that shows the hits")
     parser.add_argument("--source", help="where the images are now, if they were moved since")
     options.add_tfds_dir(parser)
@@ -138,7 +148,14 @@ def main(arguments: argparse.Namespace) -> None:
         pixels = [query_image(path, size, data) for path in images]
         queries += [(path, query_image(path, SIZE, data)) for path in images]
         embedded.append(np.asarray(encoder.encode_image(np.stack(pixels))))
-    hits = index.nearest(np.concatenate(embedded), arguments.top)
+    query_QxE = np.concatenate(embedded)
+    if index.settings["rows"] <= arguments.approximate_above:
+        hits = index.nearest(query_QxE, arguments.top)
+    elif approximate.is_installed():
+        hits = approximate.nearest(arguments.index, index, query_QxE, arguments.top)
+    else:
+        print('reading all rows; with an approximate index it is faster: pip install -e ".[search]"', file=sys.stderr)
+        hits = index.nearest(query_QxE, arguments.top)
     for (title, _), found in zip(queries, hits, strict=True):
         print(title)
         for hit in found:

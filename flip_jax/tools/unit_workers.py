@@ -1,7 +1,9 @@
 """The workers of `units`: processes of this machine, or actors on a Ray cluster."""
 
+import collections
 import contextlib
 import glob
+import itertools
 import os
 import pickle
 import re
@@ -13,16 +15,19 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from flip_jax import runtime
+from flip_jax.data.records import Record
 from flip_jax.data.worker_process import pack, unpack  # a hostile image that took a worker over can answer only data
 from flip_jax.runtime import UserError
 from flip_jax.tools.source_units import Place
 
 TOO_SLOW = 30  # processor seconds for one record, so that other work on the machine does not count
 TIMEOUT = 30  # seconds for a Ray cluster to answer
+AHEAD = 4  # records for each thread that are begun before their turn
 TPU_BOUNDS = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}  # how libtpu calls the chips of a host
 ENDS = "ends the worker"  # the kind of bad record at which two workers died
 
@@ -30,30 +35,59 @@ ENDS = "ends the worker"  # the kind of bad record at which two workers died
 class Watch:
     """Passes on the records of a unit, noting which one is in work, so that one that ends the worker is known."""
 
-    def __init__(self, mark: int | None = None, skip: Iterable[int] = (), careful: bool = False, timed: bool = False):
-        """`careful` is told where a worker died at this unit."""
-        self._mark, self._skip, self.careful, self._timed = mark, set(skip), careful, timed
+    def __init__(self, mark: int | None = None, skip: Iterable[int] = (), threads: int = 1, timed: bool = False):
+        self._mark, self._skip, self._threads, self._timed = mark, set(skip), threads, timed
 
     def __call__(
-        self, places: Iterable[Place], number_of: Callable[[Place], int] | None = None
-    ) -> Iterator[tuple[int, Place]]:
-        """Yield (number, place), the number counted unless a function gives it.
+        self,
+        function: Callable[[Record], Any],
+        places: Iterable[Place],
+        number_of: Callable[[Place], int] | None = None,
+    ) -> Iterator[tuple[int, Place, Future]]:
+        """Yield number, place and the result of a function of its record, in order.
 
-        A worker ends when a record takes more than `TOO_SLOW` seconds until the next one is asked for.
+        The number is counted unless a function gives it. A worker ends when a record takes more than `TOO_SLOW`
+        processor seconds. With several threads it is not known which; who tries again uses one.
         """
+        numbered = ((number_of(place) if number_of else i, place) for i, place in enumerate(places))
+        numbered = ((number, self._checked(number, place)) for number, place in numbered)
         try:
-            for number, place in enumerate(places):
-                number = number_of(place) if number_of else number
-                if number in self._skip:
-                    place = place._replace(record={"key": place.record["key"], "bad": ENDS})
-                if self._mark is not None:
-                    os.pwrite(self._mark, b"%20d" % number, 0)
-                if self._timed:
-                    # Nothing in Python can interrupt a decoder, but the system's default for this timer's signal does.
-                    signal.setitimer(signal.ITIMER_PROF, TOO_SLOW)
-                yield number, place
+            yield from self._ahead(function, numbered) if self._threads > 1 else self._singly(function, numbered)
         finally:
             self.rest()
+
+    def _checked(self, number, place):
+        return place._replace(record={"key": place.record["key"], "bad": ENDS}) if number in self._skip else place
+
+    def _singly(self, function, numbered):
+        for number, place in numbered:
+            if self._mark is not None:
+                os.pwrite(self._mark, b"%20d" % number, 0)
+            self._start(TOO_SLOW)
+            result = Future()
+            try:
+                result.set_result(function(place.record))
+            except Exception as error:  # which whoever asks for the result gets
+                result.set_exception(error)
+            self.rest()
+            yield number, place, result
+
+    def _ahead(self, function, numbered):
+        waiting = collections.deque()
+        with ThreadPoolExecutor(self._threads) as pool:
+            for number, place in itertools.chain(numbered, [(None, None)] * AHEAD * self._threads):
+                if place:
+                    waiting.append((number, place, pool.submit(function, place.record)))
+                if waiting and (not place or len(waiting) > AHEAD * self._threads):
+                    self._start(TOO_SLOW * self._threads)
+                    wait([waiting[0][-1]])
+                    self.rest()
+                    yield waiting.popleft()
+
+    def _start(self, seconds):
+        if self._timed:
+            # Nothing in Python can interrupt a decoder, but the system's default for this timer's signal does.
+            signal.setitimer(signal.ITIMER_PROF, seconds)
 
     def rest(self) -> None:
         """Stop the clock until the next record; a worker that ends now does not end because of one."""
@@ -71,7 +105,7 @@ class Server:
     """Answers the requests to one worker; on Ray it is the actor."""
 
     def __init__(self):
-        self._job, self._mark = None, None
+        self._job, self._mark, self._threads = None, None, 1
 
     def answer(self, kind: str, *request: Any) -> list[Any]:
         """Return ["done", answer], or a kind of error with what describes it."""
@@ -85,7 +119,8 @@ class Server:
         except Exception:
             return ["bug", traceback.format_exc()]
 
-    def _open(self, job, mark):
+    def _open(self, job, mark, threads):
+        self._threads = threads
         self._job = pickle.loads(job)
         if mark:
             with contextlib.suppress(OSError):  # the nodes of a cluster may share no folder
@@ -95,7 +130,7 @@ class Server:
     def _do(self, unit, payload, skip, careful):
         if self._mark is not None:
             os.ftruncate(self._mark, 0)
-        return self._job.do(unit, payload, Watch(self._mark, skip, careful, timed=True))
+        return self._job.do(unit, payload, Watch(self._mark, skip, 1 if careful else self._threads, timed=True))
 
 
 def main() -> None:
@@ -208,8 +243,8 @@ def _resource(job):
     return "CPU", 1, int(total.get("CPU", 0))
 
 
-def connect(address: str, workers: int, job: Any) -> int:
-    """Join a Ray cluster, and return the number of workers: `workers`, or 0 for as many as its nodes have room for.
+def connect(address: str, workers: int, job: Any) -> tuple[int, int]:
+    """Join a Ray cluster. Returns the number of workers, all that it has room for unless given, and of their threads.
 
     Raises:
       UserError: Ray is not installed, no cluster is at the address, or it has less than was asked for.
@@ -238,4 +273,5 @@ def connect(address: str, workers: int, job: Any) -> int:
             if room
             else f"--ray={address}: it has no {resource}, which each worker needs: add nodes that have"
         )
-    return workers or room
+    workers = workers or room
+    return workers, max(1, int(ray.cluster_resources()["CPU"]) // workers) if job.uses_model else 1

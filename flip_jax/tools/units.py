@@ -14,7 +14,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -47,12 +47,27 @@ class Job:
         return f"unit {unit}"
 
 
-class Crew:
-    """Workers that do units of one job; as a context manager it ends them. Without workers, units are done here."""
+class Size(NamedTuple):
+    """How many workers there are, 0 for none or for as many as the Ray cluster at `ray` has room for; their threads."""
 
-    def __init__(self, job: Job, workers: int, ray: str = "", marks: pathlib.Path | None = None):
+    workers: int = 0
+    ray: str = ""
+    threads: int = 1
+
+
+HERE = Size()  # without workers
+
+
+class Crew:
+    """Workers that do units of one job; as a context manager it ends them. Without workers, units are done here.
+
+    Workers also end with this process, however it ends.
+    """
+
+    def __init__(self, job: Job, size: Size, marks: pathlib.Path | None = None):
         """`marks` is a folder that all nodes of a cluster share, where workers note which record is in work."""
-        self._job, self._kind, self._folder, self._count = job, Process, marks, workers
+        self._job, self._kind, self._folder = job, Process, marks
+        self._count, ray, self._threads = size
         self._marks: dict[int, str] = {}  # the file of each worker
         self._in_memory: list[int] = []  # descriptors of those that vanish with this process
         self._workers: dict[int, Any] = {}
@@ -61,7 +76,8 @@ class Crew:
         self._unborn = 0
         self._opened = False
         if ray:
-            self._kind, self._count = Actor, connect(ray, workers, job)
+            self._kind = Actor
+            self._count, self._threads = connect(ray, self._count, job)
         if self._count:
             self._pickled = pickle.dumps(job)
             if ray:
@@ -71,20 +87,14 @@ class Crew:
 
     def __enter__(self) -> "Crew":
         self._pool = ThreadPoolExecutor(max(1, self._count), "flip_jax-worker")
-        runtime.at_end.insert(0, self.close)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        runtime.at_end.remove(self.close)
-        self.close()
+        for worker in self._workers.values():
+            worker.close()
         self._pool.shutdown(cancel_futures=True)
         for number in self._in_memory:
             os.close(number)
-
-    def close(self) -> None:
-        """End all workers at once."""
-        for worker in list(self._workers.values()):
-            worker.close()
 
     def run(
         self,
@@ -122,7 +132,7 @@ class Crew:
                     self._job.open()
                     self._opened = True
                 for unit in todo:
-                    finish(unit, self._job.do(unit, self._job.payload(unit), Watch()))
+                    finish(unit, self._job.do(unit, self._job.payload(unit), Watch(threads=self._threads)))
                 return skipped
             while todo or any(unit is not None for _, unit in self._busy.values()):
                 for number in range(min(self._count, len(todo))):
@@ -170,7 +180,7 @@ class Crew:
                 self._marks[number] = f"/proc/{os.getpid()}/fd/{self._in_memory[-1]}"
             else:
                 self._marks[number] = os.fspath(self._folder / f"worker-{number}") if self._folder else ""
-        self._give(number, None, "open", self._pickled, self._marks[number])
+        self._give(number, None, "open", self._pickled, self._marks[number], self._threads)
 
     def _give(self, number, unit, *request):
         self._busy[self._pool.submit(self._workers[number].ask, *request)] = number, unit
@@ -217,8 +227,13 @@ def add_arguments(parser: argparse.ArgumentParser, default: str = "one per core"
     )
 
 
-def count(arguments: argparse.Namespace, units: int) -> int:
-    """Return the number of workers: as asked for, or one per core, at most one per unit; on Ray 0 leaves it to Ray.
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def size(arguments: argparse.Namespace, units: int) -> Size:
+    """Return as many workers as asked for; or one per core, at most one per unit, with threads where cores are left.
 
     Raises:
       UserError: there are fewer units than were asked for.
@@ -228,6 +243,7 @@ def count(arguments: argparse.Namespace, units: int) -> int:
             f"--workers={arguments.workers}: the source has {units} shards, and one worker reads a shard: use "
             f"--workers={units}, or write more shards with `flip prepare`"
         )
-    if arguments.ray:
-        return arguments.workers or 0
-    return arguments.workers or min(len(os.sched_getaffinity(0)), units)
+    if arguments.workers or arguments.ray:
+        return Size(arguments.workers or 0, arguments.ray)
+    workers = min(cores(), units)
+    return Size(workers, threads=cores() // workers)

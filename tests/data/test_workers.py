@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import REPO, environment, png, samples, write_tar
+from helpers import REPO, environment, png, samples, write_samples, write_tar
 
 from flip_jax.config import Config, DataConfig, FinetuneConfig, ImageConfig, ModelConfig, TextConfig
 from flip_jax.data import pipeline, records, stream, vocabulary, workers
@@ -253,3 +253,18 @@ def test_workers_are_refused_where_they_cannot_be(shards, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match="config.data.workers 3: worker processes need Linux; use 0"):
         batches(shards, 3)
+
+
+def test_captions_drawn_from_several_keys_are_those_of_threads(tmp_path):
+    texts = [json.dumps({"caption": f"picture {i}", "synthetic": f"picture {100 + i}"}).encode() for i in range(40)]
+    write_samples(tmp_path / "0.tar", [{"png": png(i), "json": text} for i, text in enumerate(texts)])
+    captions = ("0.5*caption", "0.5*synthetic")
+    one, two, first = (
+        batches(f"webdataset:{tmp_path}/0.tar", workers, captions=captions[:keys])
+        for workers, keys in ((0, 2), (1, 2), (0, 1))
+    )
+    pairs = list(itertools.islice(zip(one, two, first, strict=True), 10))
+    assert all(same(mixed, by_worker) for mixed, by_worker, _ in pairs)
+    same_text = [np.all(mixed["text"] == alone["text"], axis=1) for mixed, _, alone in pairs]
+    assert 0.2 < np.mean(same_text) < 0.8
+    two.close()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flip_jax.config import DataConfig
 from flip_jax.data import sources, transforms
-from flip_jax.tools import __main__
+from flip_jax.tools import __main__, units
 from flip_jax.tools import inspect as inspect_tool
 from flip_jax.tools.source_units import SourceUnits
 
@@ -60,14 +60,14 @@ def test_everything_is_counted(damaged):
 
 def test_workers_count_the_same(damaged, tmp_path):
     alone = inspect(damaged)
-    assert len(alone.shown) == 24 and vars(inspect(damaged, workers=2)) == vars(alone)
+    assert len(alone.shown) == 24 and vars(inspect(damaged, crew=units.Size(2, threads=3))) == vars(alone)
     lines = ["filepath,title", *(f"{i}.png,picture {i}" for i in range(5))]
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     (tmp_path / "a.csv").write_text("\n".join(lines))
     alone = inspect(f"csv:{tmp_path}/a.csv")
     assert (alone.usable, alone.bad) == (4, {"no image": 1}) and alone.origins == {"column 'title'": 4}
-    assert vars(inspect(f"csv:{tmp_path}/a.csv", workers=1)) == vars(alone)
+    assert vars(inspect(f"csv:{tmp_path}/a.csv", crew=units.Size(1))) == vars(alone)
 
 
 def test_only_the_first_records_are_read(damaged):

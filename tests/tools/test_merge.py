@@ -37,7 +37,7 @@ def run(*arguments):
 def test_alphas_as_people_write_them():
     assert merge.alphas("0:1:0.1") == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert merge.alphas("0.5,0.75") == [0.5, 0.75] and merge.alphas("0.2:0.5:0.2") == [0.2, 0.4]
-    for text in ("", "a", "0:1", "0:1:0", "1:0:0.5", "0:1.1:0.1", "-0.5"):
+    for text in ("", "a", "0:1", "0:1:0", "1:0:0.5", "0:1.1:0.1", "-0.5", "0:1:1e-9"):
         with pytest.raises(argparse.ArgumentTypeError, match="FIRST:LAST:STEP"):
             merge.alphas(text)
 

@@ -19,7 +19,7 @@ from flip_jax.config import DataConfig
 from flip_jax.data import sources, transforms
 from flip_jax.data.records import END
 from flip_jax.runtime import UserError
-from flip_jax.tools import __main__, spill
+from flip_jax.tools import __main__, spill, units
 from flip_jax.tools import prepare as prepare_tool
 
 
@@ -136,7 +136,7 @@ def as_workers_do(monkeypatch):
 
 def test_workers_write_the_same(source, tmp_path, as_workers_do):
     prepare(source, tmp_path / "none", dedup=True)
-    done = prepare(source, tmp_path / "two", workers=2, dedup=True)
+    done = prepare(source, tmp_path / "two", crew=units.Size(2, threads=2), dedup=True)
     assert (done.read, done.written, done.skipped) == (45, 42, {})
     assert digest(tmp_path / "two") == digest(tmp_path / "none")
 

@@ -35,7 +35,7 @@ def cluster(monkeypatch):
 
 def run(job, count, cluster, done=lambda *_: None, **rest):
     found = {}
-    with units.Crew(job, 0, ray=cluster.address, **rest) as crew:
+    with units.Crew(job, units.Size(0, cluster.address), **rest) as crew:
         skipped = crew.run(range(count), lambda unit, answer: (found.update({unit: answer}), done(unit, answer)))
     return found, skipped
 
@@ -64,16 +64,16 @@ def test_shards_have_the_same_bytes(tmp_path, cluster, monkeypatch):
         write_tar(tmp_path / f"{i}.tar", itertools.chain(samples(12, 12 * i), samples(1, 0)))
     source = f"webdataset:{tmp_path}/{{0..3}}.tar"
     prepare(source, tmp_path / "none", dedup=True)
-    prepare(source, tmp_path / "ray", dedup=True, ray=cluster.address)
+    prepare(source, tmp_path / "ray", dedup=True, crew=units.Size(0, cluster.address))
     ours, truth = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("ray", "none"))
     assert ours == truth and len(truth) == 10 and spill.HELD == 2**28
 
 
 def test_what_does_not_fit_is_refused(tmp_path, cluster):
     with pytest.raises(UserError, match="it has room for 2 workers by CPU, not 5: use --workers=2"):
-        units.Crew(Numbers(tmp_path), 5, ray=cluster.address)
+        units.Crew(Numbers(tmp_path), units.Size(5, cluster.address))
 
 
 def test_an_address_without_a_cluster_is_refused(tmp_path):
     with pytest.raises(UserError, match="--ray=127.0.0.1:1: no Ray cluster answers .*`ray start --head`"):
-        units.Crew(Numbers(tmp_path), 2, ray="127.0.0.1:1")
+        units.Crew(Numbers(tmp_path), units.Size(2, "127.0.0.1:1"))

@@ -13,7 +13,7 @@ from PIL import Image
 from flip_jax.config import DataConfig
 from flip_jax.data import transforms
 from flip_jax.runtime import UserError
-from flip_jax.tools import embed, index, search
+from flip_jax.tools import approximate, embed, index, search
 
 
 def queries(count=3):
@@ -42,6 +42,24 @@ def test_more_hits_than_there_are_rows(encoder, source, tmp_path):
     write_embeddings(encoder, source, tmp_path)
     (hits,) = index.Index(tmp_path).nearest(queries(1), 1000)
     assert sorted(hit.key for hit in hits) == [row["key"] for row in embedded_rows(tmp_path)]
+
+
+def test_an_approximate_index_finds_the_same_in_half_precision(encoder, source, tmp_path):
+    pytest.importorskip("usearch.index")
+    write_embeddings(encoder, source, tmp_path)
+    opened = index.Index(tmp_path)
+    scores = [{hit.key: hit.score for hit in hits} for hits in opened.nearest(queries(5), 42)]
+    for _ in range(2):  # the second time the file is there
+        found = approximate.nearest(tmp_path, opened, queries(5), 12)
+        for hits, true in zip(found, scores, strict=True):
+            # Rounding is 2^-11 of each number, in the query and in the row: 1e-3 of vectors of length 1.
+            np.testing.assert_allclose([hit.score for hit in hits], [true[hit.key] for hit in hits], atol=1e-3)
+            np.testing.assert_allclose([hit.score for hit in hits], list(true.values())[:12], atol=1e-3)
+            assert len({hit.key for hit in hits}) == 12
+    path = approximate.graph_path(tmp_path, opened)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="usearch is damaged: delete it"):
+        approximate.nearest(tmp_path, opened, queries(1), 3)
 
 
 def test_ties_are_in_row_order():
@@ -133,7 +151,7 @@ def test_what_does_not_fit_is_refused(encoder, source, tmp_path):
     write_embeddings(encoder, source, tmp_path / "out")
     found = index.Index(tmp_path / "out")
     found.check(encoder)
-    with pytest.raises(UserError, match="--model has weights_hash .* made with .* a model: search with that one"):
+    with pytest.raises(UserError, match="--model has weights_hash .* made with .*/a model: search with that one"):
         found.check(make_encoder(seed=1))
     part = tmp_path / "out" / "part-000001-0001.parquet"
     whole = part.read_bytes()

@@ -18,9 +18,9 @@ from flip_jax.tools.unit_workers import ENDS
 SUM = sum(range(RECORDS))
 
 
-def run(job, count, workers):
+def run(job, count, workers, threads=1):
     found = {}
-    with units.Crew(job, workers) as crew:
+    with units.Crew(job, units.Size(workers, threads=threads)) as crew:
         skipped = crew.run(range(count), lambda unit, answer: found.update({unit: answer}))
     return found, skipped
 
@@ -36,15 +36,16 @@ def test_each_unit_is_done_once(tmp_path, workers):
 
 def test_workers_stay_for_the_next_units(tmp_path):
     found = []
-    with units.Crew(Numbers(tmp_path), 1) as crew:
+    with units.Crew(Numbers(tmp_path), units.Size(1)) as crew:
         for _ in range(2):
             crew.run(range(3), lambda _, answer: found.append(answer["process"]))
     assert len(found) == 6 and len(set(found)) == 1
 
 
-def test_killed_workers_cost_nothing_and_deadly_records_themselves(tmp_path, capsys):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_killed_workers_cost_nothing_and_deadly_records_themselves(tmp_path, capsys, threads):
     job = Numbers(tmp_path, at_record=[(1, 4), (1, 7)], at_unit=[3], once=[0, 5], slow=[(6, 2)])
-    found, skipped = run(job, 8, workers=2)
+    found, skipped = run(job, 8, workers=2, threads=threads)
     assert skipped == {3: "SIGKILL"} and sorted(found) == [0, 1, 2, 4, 5, 6, 7]
     bad = {unit: answer["bad"] for unit, answer in found.items() if answer["bad"]}
     assert bad == {1: [["4", ENDS], ["7", ENDS]], 6: [["2", ENDS]]}
@@ -72,7 +73,7 @@ def test_no_worker_outlives_its_starter(tmp_path, number):
     program = (
         "import sys; from flip_jax import runtime; from flip_jax.tools import units; from unit_jobs import Sleeper\n"
         "runtime.Interrupts().start()\n"
-        "with units.Crew(Sleeper(sys.argv[1]), 2) as crew: crew.run(range(4), print)"
+        "with units.Crew(Sleeper(sys.argv[1]), units.Size(2)) as crew: crew.run(range(4), print)"
     )
     environment = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
     process = subprocess.Popen(
@@ -93,16 +94,16 @@ def test_no_worker_outlives_its_starter(tmp_path, number):
 def test_the_number_of_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
 
-    def count(workers, shards, ray=""):
-        return units.count(types.SimpleNamespace(workers=workers, ray=ray), shards)
+    def size(workers, shards, ray=""):
+        return units.size(types.SimpleNamespace(workers=workers, ray=ray), shards)
 
-    assert (count(None, 100), count(None, 3), count(2, 3), count(9, 9)) == (6, 3, 2, 9)
-    assert (count(None, 3, "auto"), count(2, 3, "auto")) == (0, 2)
+    assert size(None, 100) == (6, "", 1) and size(None, 2) == (2, "", 3) and size(2, 3) == (2, "", 1)
+    assert size(None, 3, "auto") == (0, "auto", 1) and size(2, 3, "auto") == (2, "auto", 1)
     with pytest.raises(UserError, match="--workers=4: the source has 3 shards, .*: use --workers=3, or write more"):
-        count(4, 3)
+        size(4, 3)
 
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'--ray needs Ray: pip install -e "\.\[ray\]"'):
-        units.Crew(Numbers(tmp_path), 2, ray="auto")
+        units.Crew(Numbers(tmp_path), units.Size(2, "auto"))
