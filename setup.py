@@ -68,6 +68,7 @@ setup(
             "em-keyboard>=5.4,<6",
             "resvg-py>=0.5,<0.6",
         ],
+        "onnx": ["onnx>=1.19,<2", "onnxruntime>=1.22,<2"],  # flip convert export --format=onnx
         "page": ["aiohttp>=3.14,<4"],  # `flip demo`
         "remote": ["aiohttp>=3.14,<4", "gcsfs", "s3fs"],  # shards over http, gs and s3
         "ray": ["ray>=2.50,<3"],  # `flip prepare`, `inspect` and `embed` on a cluster

@@ -123,7 +123,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder)
         write_both(data, arguments.source, names)
-        run(sys.executable, "-m", "flip_jax", "convert", "open-clip-export", arguments.workdir, f"{data}/exported")
+        run(
+            sys.executable,
+            "-m",
+            "flip_jax",
+            "convert",
+            "export",
+            arguments.workdir,
+            f"{data}/exported",
+            "--format=open_clip",
+        )
         mine, other = ours(arguments.workdir, data), theirs(arguments.clip_benchmark_python, data / "exported", data)
     print(json.dumps({name: [round(value, 4), round(other[name], 4)] for name, value in mine.items()}))
 

@@ -17,11 +17,14 @@ class ImageConfig:
     heads: int = 12
     mask: str = "random"
     mask_ratio: float = 0.5
-    pool: str = "mean"  # over all tokens, cls included (official); "patches": without it; or "cls"
+    # Over all tokens, cls included (official); "patches": without it; "cls"; or "map", a learned probe that attends to
+    # the patches (SigLIP), without cls.
+    pool: str = "mean"
     patch_bias: bool = True
     positions: str = "sincos"  # fixed (official), or "learned", with one for cls
     pre_norm: bool = False  # a norm before the first block (CLIP)
     pixel_stats: str = "imagenet"  # mean and deviation that pixels are normalised with: an entry of vit.PIXEL_STATS
+    mlp_width: int = 0  # hidden units of the MLPs; 0: 4 x width
 
     @property
     def visible_patches(self) -> int:
@@ -38,9 +41,12 @@ class TextConfig:
     width: int = 512
     depth: int = 12
     heads: int = 8
-    pool: str = "first"  # the first word piece (official), "mean" over the real tokens, or "last", the last of them
+    # The first word piece (official), "mean" over the real tokens, "last", the last of them, or "final", the last
+    # position, padding or not (SigLIP).
+    pool: str = "first"
     mask_padding: bool = False  # the official tower attends to padding
     causal: bool = False  # tokens attend to earlier ones only (CLIP)
+    mlp_width: int = 0  # hidden units of the MLPs; 0: 4 x width
     mask: str = "prioritised"
     mask_ratio: float = 0.0
 
@@ -68,6 +74,7 @@ class ModelConfig:
     text: TextConfig = TextConfig()
     decoder: DecoderConfig = DecoderConfig()
     embed_dim: int = 512
+    projection: str = "both"  # of both towers to embed_dim; "text": of the text alone, with a bias (SigLIP)
     init_logit_scale: float = 1 / 0.07  # initial exp(logit_scale), an inverse temperature; the loss clips it at 100
     activation: str = "gelu_tanh"  # the official approximation; "gelu"; or "quick_gelu", OpenAI's
     norm_eps: float = 1e-6
@@ -124,7 +131,7 @@ class DataConfig:
     `train` is one source or several, "WEIGHT*SOURCE;WEIGHT*SOURCE"; weights are shares of records. A source is
     KIND:PATTERN, with brace ranges and globs, of kind webdataset, tfrecord, parquet or csv, or "tfds:NAME/SPLIT";
     `tfds_dir` is where TFDS keeps its data (default: TFDS's own). `vocab` is a vocabulary file, of WordPiece or CLIP's
-    byte pairs; empty: a WordPiece is trained on the captions.
+    byte pairs, or a tokenizer.json; empty: a WordPiece is trained on the captions.
     """
 
     train: str = ""
@@ -218,7 +225,7 @@ class Config:
     warmup_samples: int = 51_200_000
     # Parts of the batch that are encoded one after the other; the loss compares the full batch. "auto": as few as fit.
     microbatches: int | str = 1
-    init_from: str = ""  # WORKDIR or checkpoint step whose weights start this run
+    init_from: str = ""  # a run, a step, a portable folder, hf://ORG/NAME or timm's file: weights to start from
     init_model: bool = False  # take the architecture of `init_from`, too, in place of that in `model`
     profile: tuple[int, ...] = ()  # first and last step that jax.profiler traces to WORKDIR/profile
     # "SAMPLES:KEY=VALUE,KEY=VALUE;SAMPLES:...": one stage after the other, each with changes to the other settings

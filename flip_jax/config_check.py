@@ -126,10 +126,11 @@ REMAT = ("none", "dots", "names", "full")  # from the least recompute to the lea
 _CHOICES = {
     "model.image.mask": (*masking.STRATEGIES, "resize"),
     "model.text.mask": tuple(masking.TEXT_STRATEGIES),
-    "model.image.pool": ("mean", "patches", "cls"),
+    "model.image.pool": ("mean", "patches", "cls", "map"),
     "model.image.positions": ("sincos", "learned"),
     "model.image.pixel_stats": ("imagenet", "openai", "inception"),
-    "model.text.pool": ("first", "mean", "last"),
+    "model.text.pool": ("first", "mean", "last", "final"),
+    "model.projection": ("both", "text"),
     "model.activation": ("gelu_tanh", "gelu", "quick_gelu"),
     "model.dtype": ("bfloat16", "float32"),
     "model.attention": ("auto", "xla", "cudnn"),
@@ -163,12 +164,15 @@ _AT_LEAST_ZERO = (
     "data.threads",
     "data.workers",
     "finetune.classes",
+    "model.image.mlp_width",
+    "model.text.mlp_width",
 )
 
 # Sizes that only a damaged or hostile file has; arrays of them would fill the memory.
 _AT_MOST = {
     "image_size": 2**13,
     "width": 2**15,
+    "mlp_width": 2**17,
     "depth": 2**10,
     "embed_dim": 2**15,
     "vocab_size": 2**24,
@@ -216,6 +220,10 @@ def check(config: Config) -> None:
         )
     if image.positions == "sincos" and image.width % 4:
         raise UserError(f"config.model.image.width must divide by 4 for sin-cos positions, got {image.width}")
+    if image.pool == "map" or config.model.projection == "text":
+        from flip_jax.models import map_head  # few models need it
+
+        map_head.check(config.model)
     if config.model.decoder.weight and (image.mask_ratio == 0 or image.mask == "resize"):
         raise UserError(
             "config.model.decoder reconstructs removed patches, but none is removed by config.model.image.mask "

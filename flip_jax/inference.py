@@ -144,7 +144,9 @@ def _encode_views(model: FLIP, image_BxHxWx3: jax.Array, mask: str, seed: int) -
 
 
 def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> Encoder:
-    """Loads a workdir's newest checkpoint, or one step's folder, onto `devices` (None: all of this process).
+    """Loads a run's newest checkpoint, a step, a portable folder or hf://ORG/NAME[@REVISION] onto `devices`.
+
+    None are all devices of this process.
 
     Raises:
       UserError: there is no complete checkpoint, or its place cannot be read.

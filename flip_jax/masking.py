@@ -236,10 +236,10 @@ def check(image: ImageConfig, text: TextConfig) -> None:
             raise UserError(f"config.model.{name}.mask_ratio must be in [0, 1), got {tower.mask_ratio}")
         if left < 1:
             raise UserError(f"config.model.{name}.mask_ratio {tower.mask_ratio} leaves no {unit}; lower it")
-    if text.mask_ratio and text.pool == "last":
+    if text.mask_ratio and text.pool in ("last", "final"):
         raise UserError(
-            f"config.model.text.pool 'last' reads the token that ends a caption, which mask={text.mask} may remove; "
-            "set mask_ratio to 0, or pool to 'mean'"
+            f"config.model.text.pool {text.pool!r} reads the token that ends a caption, which mask={text.mask} may "
+            "remove; set mask_ratio to 0, or pool to 'mean'"
         )
     side, ratio = image.image_size // image.patch_size, image.mask_ratio
     if ratio and image.mask == "grid" and (side % 2 or ratio not in (0.25, 0.5, 0.75)):

@@ -1,5 +1,6 @@
 """A saved step's folder, as tools and runs that start from it find and read it."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,22 +9,22 @@ from etils import epath
 
 from flip_jax import checkpoint, damage, manifest, untrusted
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.runtime import UserError
 
 
-def newest(path: str) -> epath.Path:
-    """Finds the step's folder that `path` means: itself, or the newest step of that workdir.
+def newest(path: str | os.PathLike) -> epath.Path:
+    """Finds the folder that `path` means: a step or another model itself, or the newest step of that workdir.
 
     Raises:
-      UserError: there is no complete checkpoint, or it is damaged.
+      UserError: there is no complete checkpoint nor another model, or it is damaged.
     """
+    hub = os.fspath(path).startswith("hf://")
     step = checkpoint.absolute(path)
-    if not (step / "state").is_dir():
-        steps = manifest.complete(step / "checkpoints")
+    if hub or not (step / "state").is_dir():
+        steps = [] if hub else manifest.complete(step / "checkpoints")
         if not steps:
-            raise UserError(
-                f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP, or such a STEP folder"
-            )
+            from flip_jax.formats import folders
+
+            return folders.find(path)
         step = step / "checkpoints" / str(steps[-1])
     untrusted.check_folder(step)
     damage.refuse(step)
@@ -38,6 +39,10 @@ def tokenizer(step: epath.Path) -> Tokenizer | None:
 
 def read_json(step: epath.Path, item: str) -> Any:
     """Reads an item of a step's folder that is JSON."""
+    if not (step / item).exists():  # a model of another kind
+        from flip_jax.formats import folders
+
+        return folders.read_json(step, item)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(step / item)
 

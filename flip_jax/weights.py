@@ -34,7 +34,7 @@ OWN = (
     "model.attention",
     "model.unroll",
 )
-PAIRED = ("model.text.", "model.embed_dim", "model.loss")
+PAIRED = ("model.text.", "model.embed_dim", "model.projection", "model.loss")
 RESIZED = ("image.pos_embed", "image.patch_kernel")  # what `read_params` resizes for a model that it starts
 
 
@@ -66,14 +66,14 @@ def write(
 
 def read_class_names(step: epath.Path) -> tuple[str, ...] | None:
     """Reads the class names of a classifier's labels, () if it was trained on numbers; None in older checkpoints."""
-    return tuple(read_json(step, "class_names")) if (step / "class_names").exists() else None
+    names = read_json(step, "class_names") if (step / "class_names").exists() or _is_portable(step) else None
+    return None if names is None else tuple(names)
 
 
 def check_start(config: Config, step: epath.Path) -> None:
     """Raises UserError, before anything is compiled, where the weights of a step cannot start this run."""
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))[1])
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        _, saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
+    _, saved = _shapes(step)
     _compare(step, _startable(params, saved), saved, config.model)
 
 
@@ -99,32 +99,55 @@ def read_params(step: epath.Path, params: Any, start_of: ModelConfig | None = No
     Raises:
       UserError: names or shapes that differ, both sides.
     """
+    part, saved = _shapes(step)
+    ours = _startable(params, saved) if start_of else params
+    unused, resized = _compare(step, ours, saved, start_of)
+    if unused:
+        _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
+    if fresh := sorted(params.keys() - ours.keys()):
+        _log.info("%s has no weights for %s, trained from scratch", step, ", ".join(fresh))
+
+    def as_saved(path, leaf):
+        if (name := _name(path)) not in resized:
+            return leaf
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(resized[name], leaf.dtype, sharding=whole)
+
+    def as_ours(path, leaf, value):
+        if (name := _name(path)) not in resized:
+            return value
+        value = resize_weight(start_of.image, name.removeprefix("image."), np.asarray(value))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+    restored = _read(step, part, jax.tree_util.tree_map_with_path(as_saved, ours))
+    return jax.tree_util.tree_map_with_path(as_ours, ours, restored)
+
+
+def _is_portable(step: epath.Path) -> bool:
+    """Tells whether a folder holds a model of another kind than a step."""
+    return not (step / "state").is_dir()
+
+
+def _shapes(step: epath.Path) -> tuple[str, Any]:
+    """Returns the name of a folder's weights, and their names and shapes."""
+    if _is_portable(step):
+        from flip_jax.formats import folders
+
+        return "", folders.shapes(step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        part, saved = stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
-        ours = _startable(params, saved) if start_of else params
-        unused, resized = _compare(step, ours, saved, start_of)
-        if unused:
-            _log.info("%s: skipped weights this model does not use: %s", step, ", ".join(sorted(unused)))
-        if fresh := sorted(params.keys() - ours.keys()):
-            _log.info("%s has no weights for %s, trained from scratch", step, ", ".join(fresh))
+        return stored_arrays.checked(step, checkpointer.metadata(step / "state").item_metadata)
 
-        def as_saved(path, leaf):
-            if (name := _name(path)) not in resized:
-                return leaf
-            whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-            return jax.ShapeDtypeStruct(resized[name], leaf.dtype, sharding=whole)
 
-        def as_ours(path, leaf, value):
-            if (name := _name(path)) not in resized:
-                return value
-            value = resize_weight(start_of.image, name.removeprefix("image."), np.asarray(value))
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+def _read(step: epath.Path, part: str, wanted: Any) -> Any:
+    """Reads the weights of a folder that the abstract tree `wanted` names, laid out as it says."""
+    if _is_portable(step):
+        from flip_jax.formats import folders
 
-        wanted = {part: jax.tree_util.tree_map_with_path(as_saved, ours)}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        restored = checkpointer.restore(step / "state", args=args)[part]
-        return jax.tree_util.tree_map_with_path(as_ours, ours, restored)
+        return folders.read_params(step, wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restore_args = ocp.checkpoint_utils.construct_restore_args({part: wanted})
+        args = ocp.args.PyTreeRestore({part: wanted}, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(step / "state", args=args)[part]
 
 
 def _startable(params: dict[str, Any], saved: Any) -> dict[str, Any]:
@@ -170,7 +193,7 @@ def resize_weight(config: ImageConfig, name: str, value: np.ndarray) -> np.ndarr
     grid = config.image_size // config.patch_size
     if config.positions == "learned":
         return np.asarray(vit.resize_positions(value, grid))
-    return vit.sincos_2d(grid, config.width)  # rebuilt, as the official code does
+    return vit.sincos_2d(grid, config.width)[:, int(config.pool == "map") :]  # rebuilt, as the official code does
 
 
 def resize_patch_kernel(kernel_PxPx3xD: np.ndarray, patch_size: int) -> np.ndarray:

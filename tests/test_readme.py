@@ -251,7 +251,7 @@ RUN = {
     "flip report": [],
     "flip embed": [],
     "flip search": [],
-    "flip convert open-clip-export": [],
+    "flip convert export": [],
     "python main.py --config=configs/finetune_l16.py": [
         *(word for word in SMALL if "text" not in word and "mask" not in word),
         "--config.finetune.classes=8",
@@ -279,7 +279,7 @@ NOT_RUN = {
     "launch/": "a pod",
     "flip aot": "the TPU compiler: tests/tools/test_aot.py",
     "flip demo": "serves until it is stopped: tests/tools/test_demo.py",
-    "flip convert official": "released weights: tests/tools/test_convert_official.py converts weights made there",
+    "flip convert import": "released weights: tests/tools/test_convert_official.py converts weights made there",
 }
 
 

@@ -79,6 +79,6 @@ def test_a_run_without_evaluation_loads_nothing_that_it_does_not_use(shards, tmp
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert "flip_jax.train" in loaded and "flip_jax.data.shards" in loaded
     others = "evaluators tools inference stages optimizers average models.decoder models.classifier".split()
-    others += ["data.emoji", "data.indexed"]
+    others += ["data.emoji", "data.indexed", "data.library_tokenizer", "formats", "models.map_head"]
     assert not [name for name in loaded if name.startswith(tuple(f"flip_jax.{other}" for other in others))]
     assert not UNUSED & {name.partition(".")[0] for name in loaded}

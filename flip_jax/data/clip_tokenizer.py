@@ -22,6 +22,8 @@ class ClipTokenizer(Tokenizer):
     of tokens, most frequent first. UserError if a part of a merge is neither a byte nor made by an earlier merge.
     """
 
+    kind = "CLIP's byte pairs"
+
     def __init__(self, merges: Sequence[Sequence[str]]):
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = range(0x100, 0x100 + 256 - len(printable))  # stand for unprintable bytes

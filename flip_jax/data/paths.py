@@ -33,7 +33,8 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _REMEDIES = {  # what a store's client says, and what helps; the first that matches is added to the message
     r"ImportError|ModuleNotFoundError|Protocol not known": 'install its client, pip install -e ".[remote]"',
     r"[Cc]redential|Forbidden|Unauthorized|Anonymous|Permission|AccessDenied|40[13]": "check that your account may "
-    "read it, and how this machine logs in (gs://: gcloud auth application-default login; s3://: aws configure)",
+    "read it, and how this machine logs in (gs://: gcloud auth application-default login; s3://: aws configure; "
+    "hf://: hf auth login)",
     r"[Cc]onnect|[Rr]esolve|[Tt]imeout|[Tt]imed out|DNS|unreachable": "check the address and this machine's network",
 }
 

@@ -153,10 +153,7 @@ def _no_columns(path, names, separator, data):
     images = f"a column with paths of images: {data.image or ' or '.join(PATHS)}; name another in config.data.image"
     texts = f"captions or labels: {', '.join((*data.captions, *LABELS))}; name others in config.data.captions"
     lacks = " and ".join(([] if image else [images]) + ([] if captions or label else [texts]))
-    return (
-        f"{path} lacks {lacks}. Its first line, which must name the columns, is, separated by "
-        f"{SEPARATORS[separator]}: {has}"
-    )
+    return f"{path} lacks {lacks}. The names in its first line, separated by {SEPARATORS[separator]}, are {has}"
 
 
 def _text(file, path):

@@ -23,6 +23,8 @@ class Tokenizer:
     with "[PAD]" as 0, and with "[UNK]". UserError if it has neither.
     """
 
+    kind = "WordPiece"
+
     def __init__(self, vocab: Mapping[str, int]):
         if vocab.get("[PAD]") != 0 or "[UNK]" not in vocab:
             raise UserError(f"[PAD] must be the first of its {len(vocab)} WordPiece tokens, and [UNK] another one")
@@ -46,6 +48,10 @@ class Tokenizer:
     def from_json(cls, content: Mapping[str, Any]) -> "Tokenizer":
         """Restores a tokenizer of either kind from its `to_json`. UserError if it is damaged."""
         match content:
+            case {"library": dict(library), "fill": int(fill)}:
+                from flip_jax.data.library_tokenizer import LibraryTokenizer
+
+                return LibraryTokenizer(library, fill)
             case {"model": {"type": "BPE", "merges": list(merges)}} if all(isinstance(pair, list) for pair in merges):
                 from flip_jax.data.clip_tokenizer import ClipTokenizer  # FLIP itself uses WordPiece
 

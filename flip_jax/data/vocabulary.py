@@ -3,8 +3,10 @@
 import gzip
 import io
 import itertools
+import json
 import logging
 import os
+import pathlib
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -13,7 +15,7 @@ from typing import Any
 from tokenizers import trainers
 
 from flip_jax import untrusted
-from flip_jax.config import Config
+from flip_jax.config import Config, TextConfig
 from flip_jax.data import pipeline, sources
 from flip_jax.data.clip_tokenizer import MERGES, ClipTokenizer
 from flip_jax.data.tokenizer import Tokenizer
@@ -24,11 +26,14 @@ _log = logging.getLogger(__name__)
 MAX_CHARACTERS = 2**26  # of a file after unpacking
 
 
-def read(path: str | os.PathLike) -> Tokenizer:
+def read(path: str | os.PathLike, text: TextConfig | None = None) -> Tokenizer:
     """Reads a vocabulary file in UTF-8, gzipped or not; its first line tells the kind.
 
-    WordPiece has one token per line; CLIP's byte pairs have a header with "#version", then one merge per line.
-    UserError if the file is missing or is neither.
+    WordPiece has one token per line; CLIP's byte pairs have a header with "#version", then one merge per line; a
+    tokenizer.json is an object, and must have the tokens that the `text` tower needs.
+
+    Raises:
+      UserError: the file is missing, none of these, or does not fit.
     """
     try:
         data: Any = io.BytesIO(untrusted.read_file(path))
@@ -37,14 +42,19 @@ def read(path: str | os.PathLike) -> Tokenizer:
         content = io.TextIOWrapper(data, "utf-8").read(MAX_CHARACTERS + 1)
         if len(content) > MAX_CHARACTERS:
             raise UserError(f"more than {MAX_CHARACTERS} characters")
+        if content.lstrip().startswith("{"):
+            from flip_jax.data import library_tokenizer  # few runs need it
+
+            named = library_tokenizer.settings_next_to(pathlib.Path(path))
+            return library_tokenizer.read(json.loads(content), text or TextConfig(), os.fspath(path), named)
         lines = content.removesuffix("\n").split("\n")
         if "#version" in lines[0]:
             return ClipTokenizer([line.split() for line in lines[1 : 1 + MERGES]])
         return Tokenizer({token: i for i, token in enumerate(lines)})
-    except (UserError, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+    except (UserError, OSError, ValueError, RecursionError, EOFError, zlib.error) as error:
         raise UserError(
             f"config.data.vocab {str(path)!r}: {error}. It names a WordPiece vocabulary with one token per line, "
-            "or CLIP's bpe_simple_vocab_16e6.txt.gz; if empty, one is trained on the captions"
+            "CLIP's bpe_simple_vocab_16e6.txt.gz or a tokenizer.json; if empty, one is trained on the captions"
         ) from error
 
 
@@ -80,7 +90,7 @@ def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
 def make(config: Config) -> Tokenizer:
     """Reads the tokenizer of `config.data.vocab`, or learns one from the captions where that is empty."""
     if config.data.vocab:
-        return read(config.data.vocab)
+        return read(config.data.vocab, config.model.text)
     size = config.model.text.vocab_size
     _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
     return train(caption_sample(config), size)

@@ -25,7 +25,7 @@ def flops_per_sample(config: Config) -> float:
     embed = visible * 2 * 3 * image.patch_size**2 * image.width
     project = 2 * image.width * classes if classes else 2 * (image.width + text.width) * config.model.embed_dim
     image_tower, text_tower = (
-        tower.depth * tokens * (24 * tower.width**2 + 4 * tokens * tower.width)
+        tower.depth * tokens * 4 * tower.width * (2 * tower.width + (tower.mlp_width or 4 * tower.width) + tokens)
         for tower, tokens in ((image, visible + 1), (text, 0 if classes else text.visible_tokens))
     )
     image_times, text_times = (3.0 if rate else 1.0 for rate in (config.optim.image_rate, config.optim.text_rate))

@@ -23,8 +23,9 @@ class FLIP(nnx.Module):
         self.config = config
         self.image = vit.VisionTransformer(config, rngs)
         self.text = text.TextTransformer(config, rngs)
-        self.image_projection = _projection(config.image.width, config.embed_dim, rngs)
-        self.text_projection = _projection(config.text.width, config.embed_dim, rngs)
+        both = config.projection == "both"
+        self.image_projection = _projection(config.image.width, config.embed_dim, rngs) if both else None
+        self.text_projection = _projection(config.text.width, config.embed_dim, rngs, use_bias=not both)
         self.logit_scale = nnx.Param(jnp.full((1,), math.log(config.init_logit_scale)), axes=("norm",))
         if config.decoder.weight:
             from flip_jax.models.decoder import Decoder
@@ -37,7 +38,7 @@ class FLIP(nnx.Module):
     def encode_pairs(self, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Encodes what a training step sees: both embeddings, and a scalar to add to the contrastive loss."""
         token_BxTxD = self.image.tokens(view.patch_BxKxP, view.position_BxK)
-        image_BxE = normalise(self.image_projection(self.image.pool(token_BxTxD)))
+        image_BxE = self._embed_image(self.image.pool(token_BxTxD))
         text_BxE = self.encode_text(view.token_BxK, view.token_position_BxK)
         if not self.config.decoder.weight:
             return image_BxE, text_BxE, jnp.float32(0)
@@ -56,7 +57,10 @@ class FLIP(nnx.Module):
 
     def encode_patches(self, patch_BxKxP: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
         """Returns normalised f32 embeddings [B, embed_dim] of patches at these positions (None: a whole image's)."""
-        return normalise(self.image_projection(self.image(patch_BxKxP, position_BxK)))
+        return self._embed_image(self.image(patch_BxKxP, position_BxK))
+
+    def _embed_image(self, pooled_BxD):
+        return normalise(pooled_BxD if self.image_projection is None else self.image_projection(pooled_BxD))
 
     def encode_text(self, token_BxK: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
         """Returns normalised f32 embeddings [B, embed_dim] of int32 tokens, 0 being padding, at these positions."""
@@ -67,20 +71,23 @@ class FLIP(nnx.Module):
         return self.image(masking.patchify(image_BxHxWx3, self.config.image.patch_size))
 
     def scale(self) -> jax.Array:
-        """Returns the factor of the cosines: exp(logit_scale), clipped to [1, 100]; the stored value is not clipped."""
+        """Returns the factor of the cosines: exp(logit_scale), which is clipped to [1, 100] before a softmax."""
+        if self.config.loss == "sigmoid":
+            return jnp.exp(self.logit_scale[0])  # which has no bounds: released models use 117 (SigLIP)
         # Not jnp.clip, whose gradient at a bound may change: minimum and maximum halve it there (official).
         return jnp.exp(jnp.minimum(jnp.maximum(self.logit_scale[0], 0), math.log(MAX_SCALE)))
 
 
-def _projection(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+def _projection(inputs: int, outputs: int, rngs: nnx.Rngs, use_bias: bool = False) -> nnx.Linear:
     return nnx.Linear(
         inputs,
         outputs,
-        use_bias=False,
+        use_bias=use_bias,
         kernel_init=transformer.xavier,
         dtype=jnp.float32,
         rngs=rngs,
         kernel_metadata={"axes": ("embed", None)},
+        bias_metadata={"axes": (None,)},
     )
 
 

@@ -35,8 +35,8 @@ class TextTransformer(nnx.Module):
         if config.causal:
             mask = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
         x = self.transformer(x, mask).astype(jnp.float32)
-        if config.pool == "first":
-            return x[:, 0]
+        if config.pool in ("first", "final"):
+            return x[:, 0 if config.pool == "first" else -1]
         if config.pool == "last":
             last_B = jnp.max(jnp.where(real_BxK, jnp.arange(x.shape[1])[None], 0), axis=1)
             return jnp.take_along_axis(x, last_B[:, None, None], axis=1)[:, 0]

@@ -8,8 +8,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from flip_jax import sharding
-from flip_jax.config import ImageConfig, ModelConfig, TextConfig
+from flip_jax.config import DecoderConfig, ImageConfig, ModelConfig, TextConfig
 
+Tower = ImageConfig | TextConfig | DecoderConfig
 xavier = nnx.initializers.xavier_uniform()
 # The three input projections are drawn as if they were one matrix three times as wide, less sqrt(2) (official).
 _qkv_init = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
@@ -88,10 +89,11 @@ def _attend_in_turn(query, key, value, mask):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), of hidden width 4x."""
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, config: ModelConfig, rngs: nnx.Rngs):
-        self.heads, self.activation, dtype = heads, config.activation, jnp.dtype(config.dtype)
+    def __init__(self, tower: Tower, config: ModelConfig, rngs: nnx.Rngs):
+        self.heads, self.activation, dtype = tower.heads, config.activation, jnp.dtype(config.dtype)
+        width, hidden = tower.width, getattr(tower, "mlp_width", 0) or 4 * tower.width
         self.attention = config.attention if jax.default_backend() == "gpu" or config.attention != "cudnn" else "xla"
         self.norm1 = layer_norm(width, config, rngs)
         self.query = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
@@ -99,8 +101,8 @@ class Block(nnx.Module):
         self.value = dense((width, width), ("embed", "heads"), _qkv_init, dtype, rngs)
         self.out = dense((width, width), ("heads", "embed"), xavier, dtype, rngs)
         self.norm2 = layer_norm(width, config, rngs)
-        self.mlp1 = dense((width, 4 * width), ("embed", "mlp"), xavier, dtype, rngs)
-        self.mlp2 = dense((4 * width, width), ("mlp", "embed"), xavier, dtype, rngs)
+        self.mlp1 = dense((width, hidden), ("embed", "mlp"), xavier, dtype, rngs)
+        self.mlp2 = dense((hidden, width), ("mlp", "embed"), xavier, dtype, rngs)
 
     def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         x = sharding.by_batch(x_BxTxD)
@@ -117,12 +119,12 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """`depth` blocks and a final norm. Every block parameter has the shape [depth, ...]."""
 
-    def __init__(self, tower: ImageConfig | TextConfig, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, tower: Tower, config: ModelConfig, rngs: nnx.Rngs):
 
         @nnx.split_rngs(splits=tower.depth)
         @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
         def stacked(rngs):
-            return Block(tower.width, tower.heads, config, rngs)
+            return Block(tower, config, rngs)
 
         self.blocks = stacked(rngs)
         self.norm = layer_norm(tower.width, config, rngs)

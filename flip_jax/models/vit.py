@@ -33,12 +33,13 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
 
 
 def resize_positions(table_1xTxD: jax.Array, grid: int) -> jax.Array:
-    """Resizes the table [1, 1 + g**2, D] to another number of patches per side, bicubic; the row of cls is kept."""
-    old, width = math.isqrt(table_1xTxD.shape[1] - 1), table_1xTxD.shape[2]
+    """Resizes the table [1, 1 + g**2, D] to another number of patches per side, bicubic; a row of cls is kept."""
+    old, width = math.isqrt(table_1xTxD.shape[1]), table_1xTxD.shape[2]
+    first = table_1xTxD.shape[1] - old**2  # the row of the first patch: 1, or 0 where there is no cls
     if old == grid:
         return table_1xTxD
-    resized = jax.image.resize(table_1xTxD[:, 1:].reshape(1, old, old, width), (1, grid, grid, width), "cubic")
-    return jnp.concatenate([table_1xTxD[:, :1], resized.reshape(1, grid**2, width)], axis=1)
+    resized = jax.image.resize(table_1xTxD[:, first:].reshape(1, old, old, width), (1, grid, grid, width), "cubic")
+    return jnp.concatenate([table_1xTxD[:, :first], resized.reshape(1, grid**2, width)], axis=1)
 
 
 def _patch_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -58,12 +59,19 @@ class VisionTransformer(nnx.Module):
         self.patch_bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if tower.patch_bias else None
         grid = tower.image_size // patch
         normal = nnx.initializers.normal(0.02)
-        self.cls = nnx.Param(normal(rngs.params(), (1, 1, width), jnp.float32), axes=(None, None, "norm"))
+        has_cls = tower.pool != "map"
+        cls = normal(rngs.params(), (1, 1, width), jnp.float32) if has_cls else None
+        self.cls = nnx.Param(cls, axes=(None, None, "norm")) if has_cls else None
         learned = tower.positions == "learned"
-        table = normal(rngs.params(), (1, 1 + grid**2, width)) if learned else jnp.asarray(sincos_2d(grid, width))
+        shape = (1, has_cls + grid**2, width)
+        table = normal(rngs.params(), shape) if learned else jnp.asarray(sincos_2d(grid, width)[:, -shape[1] :])
         self.pos_embed = nnx.Param(table, axes=(None, None, "norm"))
         self.pre_norm = transformer.layer_norm(width, config, rngs) if tower.pre_norm else None
         self.transformer = transformer.Transformer(tower, config, rngs)
+        if not has_cls:
+            from flip_jax.models.map_head import MapHead
+
+            self.map_head = MapHead(config, rngs)
 
     def __call__(self, patch_BxKxP: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
         """Encodes patches and pools them: f32 [B, width]."""
@@ -71,12 +79,14 @@ class VisionTransformer(nnx.Module):
 
     def pool(self, token_BxTxD: jax.Array) -> jax.Array:
         """Pools the result of `tokens` into one vector per image, [B, width]."""
+        if self.config.pool == "map":
+            return self.map_head(token_BxTxD)
         if self.config.pool == "cls":
             return token_BxTxD[:, 0]
         return jnp.mean(token_BxTxD[:, 1:] if self.config.pool == "patches" else token_BxTxD, axis=1)
 
     def tokens(self, patch_BxKxP: jax.Array, position_BxK: jax.Array | None = None) -> jax.Array:
-        """Encodes patches to tokens, f32 [B, 1 + K, width], cls first.
+        """Encodes patches to tokens, f32 [B, 1 + K, width], cls first where there is one.
 
         Patches are uint8, or floats already normalised. Positions are those in the whole image; None means all of its
         patches in row order, whose position table is interpolated where the image has another size.
@@ -95,11 +105,13 @@ class VisionTransformer(nnx.Module):
         x = patch_BxKxP.astype(self.dtype) @ kernel
         if self.patch_bias is not None:
             x += self.patch_bias[None, None].astype(self.dtype)
-        x += table[:, 1:] if position_BxK is None else table[0, 1:][position_BxK]
-        cls = self.cls[...].astype(self.dtype)
-        if learned:
-            cls += table[:, :1]
-        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, x.shape[2])), x], axis=1)
+        first = 0 if self.cls is None else 1  # the row of the first patch
+        x += table[:, first:] if position_BxK is None else table[0, first:][position_BxK]
+        if self.cls is not None:
+            cls = self.cls[...].astype(self.dtype)
+            if learned:
+                cls += table[:, :1]
+            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, x.shape[2])), x], axis=1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         return self.transformer(x).astype(jnp.float32)

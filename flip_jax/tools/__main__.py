@@ -14,7 +14,7 @@ import flip_jax
 from flip_jax import runtime
 from flip_jax.tools import COMMANDS
 
-ON_CPU = ("card", "check", "convert")  # these only move arrays, so they leave accelerators to others
+ON_CPU = ("card", "check", "convert", "push")  # these only move arrays, so they leave accelerators to others
 QUOTES = "put values with {...} or * in quotes, because the shell expands them"
 
 

@@ -18,7 +18,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from flip_jax import config_check, metrics_file, models, saved_config, saved_step, stages, untrusted
 from flip_jax.config import Config
-from flip_jax.data.clip_tokenizer import ClipTokenizer
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.runtime import UserError
 from flip_jax.tools import options
@@ -65,7 +64,7 @@ def describe(config: Config, tokenizer: Tokenizer | None, origin: str) -> Card:
 def _tokenizer(tokenizer, config):
     content = json.dumps(tokenizer.to_json(), sort_keys=True).encode()
     return {
-        "kind": "CLIP's byte pairs" if isinstance(tokenizer, ClipTokenizer) else "WordPiece",
+        "kind": tokenizer.kind,
         "entries": tokenizer.vocab_size,
         "from": config.data.vocab or "trained on the captions",
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -78,10 +77,10 @@ def from_model(path: str | os.PathLike) -> Card:
     Raises:
       UserError: the folder holds no model.
     """
-    folder = epath.Path(path)
+    folder = saved_step.newest(path) if os.fspath(path).startswith("hf://") else epath.Path(path)
     if (folder / JSON).exists() and not (folder / "checkpoints").is_dir():
         return _earlier(folder / JSON)
-    step = saved_step.newest(path)
+    step = saved_step.newest(folder)
     config, tokenizer = saved_config.read(step), saved_step.tokenizer(step)
     if step.parent.name != "checkpoints":
         return describe(config, tokenizer, "weights of unknown training")
@@ -150,8 +149,8 @@ def add_evaluation(card: Card, path: str) -> None:
     card["evaluation"] = {"model": report.get("model"), "results": results | means}
 
 
-def write(folder: str | os.PathLike, card: Card) -> None:
-    """Write both files into the folder, over those of an earlier card.
+def write(folder: str | os.PathLike, card: Card, name: str = "") -> None:
+    """Write both files into the folder, over those of an earlier card; the model's name is by default the folder's.
 
     Raises:
       UserError: the folder has a README.md that is no card, or cannot be written to.
@@ -161,7 +160,7 @@ def write(folder: str | os.PathLike, card: Card) -> None:
         raise UserError(f"{folder / MARKDOWN} already exists and is no model card; move it away")
     try:
         (folder / JSON).write_text(json.dumps(card, indent=1) + "\n")
-        (folder / MARKDOWN).write_text(markdown(card, os.path.basename(os.path.abspath(folder))))
+        (folder / MARKDOWN).write_text(markdown(card, name or os.path.basename(os.path.abspath(folder))))
     except OSError as error:
         raise UserError(f"{folder}: the model card cannot be written: {error.strerror or error}") from error
 
@@ -254,6 +253,14 @@ def _snippet(card):
             'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
             'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")'
         )
+    if card["library"] == "transformers":
+        return (
+            "from transformers import AutoModel, AutoProcessor\n\n"
+            'model = AutoModel.from_pretrained("FOLDER")\n'
+            'processor = AutoProcessor.from_pretrained("FOLDER")'
+        )
+    if card["library"] == "onnx":
+        return 'import onnxruntime\n\nimage = onnxruntime.InferenceSession("FOLDER/image.onnx")'
     return 'import flip_jax\n\nmodel = flip_jax.load("FOLDER")'
 
 
@@ -263,6 +270,10 @@ def update(folder: str | os.PathLike, evaluation: str | None = None, license_nam
     Raises:
       UserError: as `from_model`, `add_evaluation` and `write`.
     """
+    if os.fspath(folder).startswith("hf://"):
+        raise UserError(
+            f"{folder} is not on this machine: flip convert import {folder} FOLDER, and write its card there"
+        )
     card = from_model(folder)
     card["license"] = license_name or card["license"]
     if evaluation:

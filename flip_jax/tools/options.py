@@ -17,7 +17,10 @@ def positive(text: str) -> int:
     return value
 
 
-def add_model(parser: argparse.ArgumentParser, help: str = "folder of a run, or of one of its steps") -> None:
+def add_model(
+    parser: argparse.ArgumentParser,
+    help: str = "a run, one of its steps, a portable folder, or hf://ORG/NAME[@REVISION]",
+) -> None:
     """Add --model, which is required."""
     parser.add_argument("--model", required=True, metavar="DIR", help=help)
 

@@ -133,10 +133,10 @@ def test_labels_of_a_csv_are_numbers_or_names(folder):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"a.png,one\n", "lacks a column with paths of images: .* Its first line.*separated by commas: 'a.png', 'one'"),
-        (b"file\tname\n", "separated by tabs: 'file', 'name'"),
-        (b"photo,title\n", "lacks a column with paths of images: [^;]*; name another in config.data.image. Its first"),
-        (b"filepath,said\n", "lacks captions or labels: .*; name others in config.data.captions. Its first line"),
+        (b"a.png,one\n", "lacks a column with paths of images: .* first line, separated by commas, are 'a.png', 'one'"),
+        (b"file\tname\n", "separated by tabs, are 'file', 'name'"),
+        (b"photo,title\n", "lacks a column with paths of images: [^;]*; name another in config.data.image. The names"),
+        (b"filepath,said\n", "lacks captions or labels: .*; name others in config.data.captions. The names"),
         ("filepath,title\n".encode("utf-16-le"), "is not UTF-8 text; if it is UTF-16 without a mark"),
         (gzip.compress(written().encode())[:-9], "Compressed file ended before the end-of-stream marker"),
         (b"PK\3\4....", "is compressed by ZIP, which is not read here: unpack it, or use gzip or zstd"),

@@ -93,7 +93,7 @@ def test_a_card_describes_the_model_and_its_training_data(workdir, tmp_path):
 
 def test_exported_and_converted_models_have_cards(workdir, tmp_path):
     exported, back = tmp_path / "exported", tmp_path / "back"
-    convert.to_open_clip(str(workdir), str(exported))
+    convert.export(str(workdir), str(exported), "open_clip")
     content = json.loads((exported / "card.json").read_text())
     assert (content["library"], content["samples_seen"]) == ("open_clip", 160)
     assert content["evaluation"]["results"]["zeroshot/emoji/top1"] == 12.34567

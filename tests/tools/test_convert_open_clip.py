@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 import flip_jax
 from flip_jax import config_check, optim, weights
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.formats import names, open_clip, open_clip_settings
 from flip_jax.models import vit
 from flip_jax.models.flip import FLIP
 from flip_jax.runtime import UserError
 from flip_jax.tools import __main__ as flip
-from flip_jax.tools.compat import official, open_clip, open_clip_settings
 
 FIXTURES = REPO / "tests" / "fixtures"
 WEIGHTS, SETTINGS = FIXTURES / "open_clip_model.safetensors", FIXTURES / "open_clip_config.json"
@@ -33,7 +33,7 @@ WORD_PIECE = {"[PAD]": 0, "[UNK]": 1, "a": 2, "fox": 3}
 def noisy(settings, seed=0):
     """Return a model without special values among its parameters, and the parameters."""
     rng = np.random.default_rng(seed)
-    abstract = official.abstract_params(settings)
+    abstract = names.abstract_params(settings)
     params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32), abstract)
     params["image"]["pos_embed"] += vit.sincos_2d(4, settings.image.width)
     return nnx.merge(nnx.split(nnx.eval_shape(lambda: FLIP(settings, nnx.Rngs(0))))[0], params), params
@@ -52,7 +52,7 @@ def test_the_numpy_towers_agree_with_open_clip():
 def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_unchanged(tmp_path, capsys):
     recorded = np.load(FIXTURES / "open_clip_outputs.npz")
     files = [f"--open_clip_config={SETTINGS}", f"--vocab={BYTE_PAIRS}"]
-    assert flip.main(["convert", "open-clip-import", str(WEIGHTS), str(tmp_path / "ours"), *files]) == 0
+    assert flip.main(["convert", "import", str(WEIGHTS), str(tmp_path / "ours"), *files]) == 0
     assert f"converted from the open_clip model {WEIGHTS}" in (tmp_path / "ours" / "README.md").read_text()
     encoder = flip_jax.load(tmp_path / "ours")
     np.testing.assert_allclose(encoder.encode_image(recorded["image"]), recorded["z_image"], atol=1e-5)
@@ -63,7 +63,7 @@ def test_an_imported_model_gives_the_recorded_embeddings_and_is_exported_unchang
         encoder.encode_text(["the sting"]), numpy_towers.embed_text(CONTENT, load_file(WEIGHTS), tokens), atol=1e-5
     )
 
-    export = ["convert", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")]
+    export = ["convert", "export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--format=open_clip"]
     assert flip.main(export) == 0
     assert "these 914: give it token ids" in capsys.readouterr().out
     assert json.loads((tmp_path / "theirs" / "card.json").read_text())["library"] == "open_clip"
@@ -91,6 +91,7 @@ def test_flip_itself_is_exported_exactly(tmp_path, changes):
     """The official options: cls in the mean, a bias of patches, eps 1e-6, first-token text, WordPiece."""
     settings = helpers.model_with(**changes)
     model, params = noisy(settings)
+    (tmp_path / "out").mkdir()
     open_clip.export_model(tmp_path / "out", settings, params, Tokenizer(WORD_PIECE))
     content = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     weights = load_file(tmp_path / "out" / "open_clip_model.safetensors")
@@ -264,3 +265,12 @@ def test_learned_positions_are_trained_resized_and_not_decayed():
 def test_causal_attention_needs_a_pool_that_sees(text):
     with pytest.raises(UserError, match="text.causal: no token sees the padding behind it"):
         config_check.from_config_dict({"model": {"text": {"causal": True} | text}})
+
+
+def test_the_commands_of_earlier_versions_still_work(tmp_path, capsys):
+    files = [f"--open_clip_config={SETTINGS}", f"--vocab={BYTE_PAIRS}"]
+    assert flip.main(["convert", "open-clip-import", str(WEIGHTS), str(tmp_path / "ours"), *files]) == 0
+    assert flip.main(["convert", "open-clip-export", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    assert (tmp_path / "theirs" / "open_clip_config.json").is_file()
+    assert flip.main(["convert", "import", str(WEIGHTS), str(tmp_path / "more")]) == 1
+    assert "give --open_clip_config and --vocab, or name the folder" in capsys.readouterr().err

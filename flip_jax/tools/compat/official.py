@@ -4,15 +4,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
-from flax import nnx, serialization
+from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flip_jax.config import ModelConfig
-from flip_jax.models.flip import FLIP
+from flip_jax.formats.names import abstract_params
 from flip_jax.models.vit import sincos_2d
 from flip_jax.runtime import UserError
 
@@ -165,9 +164,3 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         for layer in range(leaf.shape[0] if layered else 1):
             shapes[template.format(layer)] = leaf.shape[1:] if layered else leaf.shape
     return shapes
-
-
-def abstract_params(model: ModelConfig) -> dict[str, Any]:
-    """Return the model's parameters as nested dicts of `jax.ShapeDtypeStruct`."""
-    state = nnx.split(nnx.eval_shape(lambda: FLIP(model, nnx.Rngs(0))))[1]
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))

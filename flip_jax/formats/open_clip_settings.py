@@ -1,4 +1,4 @@
-"""Translate open_clip's configuration of a model to our settings and back, or say why it cannot be done."""
+"""Translates open_clip's configuration of a model to our settings and back, or say why it cannot be done."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ _POSITIONS = {"learned": "learnable", "sincos": "sin_cos_2d"}
 
 
 def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
-    """Translate an open_clip configuration, {"model_cfg": ..., "preprocess_cfg": ...} or only the value of "model_cfg".
+    """Translates a configuration, {"model_cfg": ..., "preprocess_cfg": ...} or only the value of "model_cfg".
 
     Raises:
       UserError: our settings cannot express it; the message names the setting of `source`.
@@ -160,7 +160,7 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def _filled(content: Any, known: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a group of settings completed by their defaults; UserError for what cannot be expressed."""
+    """Returns a group of settings completed by their defaults; UserError for what cannot be expressed."""
     if not isinstance(content, Mapping):
         raise UserError(f"{where} must be a group of settings, got {content!r}")
     for key, value in content.items():
@@ -178,7 +178,7 @@ def _filled(content: Any, known: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def _pixel_stats(preprocessing: Any, source: str) -> str:
-    """Return the entry of `PIXEL_STATS` that a preprocess_cfg names."""
+    """Returns the entry of `PIXEL_STATS` that a preprocess_cfg names."""
     found, others = [], {}
     if isinstance(preprocessing, Mapping):
         mean, std = PIXEL_STATS["openai"]
@@ -196,7 +196,7 @@ def _pixel_stats(preprocessing: Any, source: str) -> str:
 
 
 def open_clip_settings(model: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[str]]:
-    """Return open_clip's configuration of a model, and notes for the user; UserError if it cannot express the model."""
+    """Returns open_clip's configuration of a model, and notes; UserError if it cannot express the model."""
     image, text, notes = model.image, model.text, []
     if text.pool == "mean":
         raise UserError("config.model.text.pool 'mean': open_clip's text tower pools one token, never the mean")
