@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import re
 import shutil
 import signal
 import time
@@ -15,7 +16,7 @@ from helpers import CACHE, CONFIG, final_params, leaves, metrics, model_with
 from flip_jax import config_check, train
 from flip_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
 from flip_jax.runtime import UserError
-from flip_jax.tools import card
+from flip_jax.tools import card, report
 
 # Four steps of 16 samples on small images, two of 24 on whole ones, and four of 8 with a fresh optimizer.
 STAGES = (
@@ -95,6 +96,8 @@ def test_a_staged_run_from_start_to_end(whole, shards, tmp_path, capsys):
         card.from_model(whole)["samples_seen"] == 144
         and card.from_model(whole / "checkpoints" / "5")["samples_seen"] == 88
     )
+    report.local(whole, tiny(shards, STAGES))
+    assert re.search(r"\n[\d.,]+, then [\d.,]+, then [\d.,]+ images/s here: .* 144 samples,", capsys.readouterr().out)
     run(shards, whole)
     assert capsys.readouterr().out == ""  # it is done
     with pytest.raises(UserError, match="stage 3 is missing now"):

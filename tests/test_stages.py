@@ -198,6 +198,8 @@ def test_the_state_fits_the_next_stage(positions, ema):
         # Moments and counts of ten steps, all of which a stage could lose.
         ones = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 10, x.dtype), x.sharding), state.opt_state)
         state = state._replace(step=jax.device_put(np.int32(10), state.step.sharding), opt_state=ones)
+        if ema:
+            state = state._replace(ema=state.params)
         before = np.asarray(state.params["image"]["pos_embed"])
         kernel = np.asarray(state.params["image_projection"]["kernel"])
         entered = stages.enter(plan[1], large, state)
@@ -215,7 +217,9 @@ def test_the_state_fits_the_next_stage(positions, ema):
         renewed = stages.enter(plan[2], fresh, entered)
         assert int(renewed.step) == 10
         assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(renewed.opt_state))
-        np.testing.assert_array_equal(np.asarray(renewed.params["image"]["pos_embed"]), wanted)
+        for weights in (renewed.params, *((entered.ema, renewed.ema) if ema else ())):
+            np.testing.assert_array_equal(np.asarray(weights["image"]["pos_embed"]), wanted)
+            np.testing.assert_array_equal(np.asarray(weights["image_projection"]["kernel"]), kernel)
 
 
 def checkpoint_of(monkeypatch, config, step):
