@@ -88,6 +88,10 @@ setup(
             "selenium>=4.51,<5",  # with chromium and chromium-driver: the page in a browser
             "nbclient>=0.11,<0.12",
             "ipykernel>=7.4,<8",
+            "onnx>=1.19,<2",
+            "onnxruntime>=1.22,<2",
+            "ray>=2.50,<3",
+            "usearch>=2.26,<3",
         ],
     },
 )
