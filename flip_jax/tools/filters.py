@@ -68,12 +68,11 @@ class Scorer:
     """Cosines of images and their captions, by a model."""
 
     def __init__(self, model: str):
-        from flip_jax import inference, runtime
-        from flip_jax.tools import index
+        from flip_jax import runtime
+        from flip_jax.tools import embed  # with JAX, which only workers with a model need
 
         runtime.enable_compile_cache()
-        self._encoder = inference.load(model)
-        index.refuse_classifier(self._encoder)
+        self._encoder = embed.load(model)
         self.size, self.data = self._encoder.config.model.image.image_size, self._encoder.config.data
 
     def best(self, pixels: list[np.ndarray], captions: list[list[str]]) -> list[float]:

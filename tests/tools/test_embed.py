@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -206,3 +207,12 @@ def test_the_command(encoder, source, tmp_path):
     refused = command("embed", out=str(tmp_path / "c"), **options)
     assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: ")
     assert "holds no checkpoint" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_model_that_does_not_fit_is_refused(monkeypatch):
+    def exhausted(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(embed.inference, "load", exhausted)
+    with pytest.raises(UserError, match="--model 'x' does not fit into a worker's device: use fewer --workers"):
+        embed.load("x")
