@@ -57,7 +57,7 @@ def load(folder: pathlib.Path, index: Index):
         raise UserError(f"{path} is damaged: delete it, and the next search makes it again") from error
     if graph is None or len(graph) != index.settings["rows"]:
         raise UserError(f"{path} is damaged: delete it, and the next search makes it again")
-    graph.expansion_search = EXPANSION_SEARCH
+    graph.expansion_search = EXPANSION_SEARCH  # type: ignore[misc]  # its setter follows another property
     return graph
 
 
