@@ -374,3 +374,13 @@ def assert_same_training(ours, reference):
         if jax.tree_util.keystr(path[-2:], simple=True, separator=".") != "key.bias":
             difference = np.linalg.norm(np.asarray(value) - np.asarray(expected))
             assert difference <= LOSS * np.linalg.norm(expected), jax.tree_util.keystr(path)
+
+
+# Four steps of 16 samples on small images, two of 24 on whole ones, and four of 8 with a fresh optimizer.
+STAGES = (
+    "64:model.image.image_size=16;"
+    "48:global_batch_size=24,model.image.mask_ratio=0,model.text.mask_ratio=0.5,warmup_samples=0,"
+    "optim.schedule=constant;"
+    "32:global_batch_size=8,optim.base_learning_rate=1e-3,optim.state=fresh,data.crop_area=(0.9,1.0),warmup_samples=8"
+)
+STEPS, BOUNDARIES = 10, (4, 6)

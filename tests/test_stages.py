@@ -8,22 +8,13 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from helpers import CONFIG, model_with
+from helpers import CONFIG, STAGES, model_with
 
 from flip_jax import config_check, saved_config, sharding, stages, train_step
 from flip_jax.config import DataConfig, MeshConfig
 from flip_jax.data import pipeline, vocabulary
 from flip_jax.models import vit
 from flip_jax.runtime import UserError
-
-# Four steps of 16 samples on small images, two of 24 on whole ones, and four of 8 with a fresh optimizer.
-STAGES = (
-    "64:model.image.image_size=16;"
-    "48:global_batch_size=24,model.image.mask_ratio=0,model.text.mask_ratio=0.5,warmup_samples=0,"
-    "optim.schedule=constant;"
-    "32:global_batch_size=8,optim.base_learning_rate=1e-3,optim.state=fresh,data.crop_area=(0.9,1.0),warmup_samples=8"
-)
-STEPS, BOUNDARIES = 10, (4, 6)
 
 
 def staged(text, **changes):
