@@ -292,7 +292,7 @@ def _normalised(argument: str) -> str:
         sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(path))))
         return f"{name}={path}:{arg}" if arg else f"{name}={path}"
     if type(known.get(key)) is int and equals:
-        if not re.fullmatch(r"[+-]?[\d_]+", number := integral(value)):
+        if not re.fullmatch(r"[+-]?[\d_]+|auto", number := integral(value)):
             raise UserError(f"config.{key} must be a whole number, got {value!r}")
         return f"{name}={number}"
     if key == "eval.tasks" and equals and not value:

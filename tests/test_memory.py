@@ -52,7 +52,7 @@ def compiler(monkeypatch):
 
     program = real(memory.resolved(CONFIG, "none", 1), mesh())
     monkeypatch.setattr(memory, "lower", lower)
-    monkeypatch.setattr(train_step, "make_program", lambda config, mesh: program)
+    monkeypatch.setattr(train_step, "make_program", lambda config, mesh, first=0: program)
     monkeypatch.setattr(memory, "host_bytes", lambda *_: 0)
     return state
 

@@ -169,7 +169,7 @@ def new_folder(out: str) -> Iterator[pathlib.Path]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; `--config.KEY=VALUE` is collected by the command line itself."""
-    parser.add_argument("conversion", choices=("export", "import", *EARLIER), metavar="export|import")
+    parser.add_argument("conversion", choices=("export", "import", *EARLIER), metavar="export|import", help="direction")
     parser.add_argument("source", metavar="SOURCE", help="what to read: RUN or FROM, above")
     parser.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
     parser.add_argument("--format", choices=FORMATS, default="flip_jax", help="export: for which library")

@@ -79,7 +79,9 @@ def test_a_csv_may_be_named_by_a_path_that_goes_up(tmp_path, monkeypatch):
 def test_csv_without_the_columns_is_refused(tmp_path):
     path = tmp_path / "0.csv"
     path.write_text("url_of_picture,caption\na,b\n")
-    with pytest.raises(UserError, match="0.csv needs a column filepath or path .* has 'url_of_picture', 'caption'"):
+    with pytest.raises(
+        UserError, match="0.csv lacks a column with paths of images: filepath or .* are 'url_of_picture', 'caption'"
+    ):
         records("csv", path)
 
 

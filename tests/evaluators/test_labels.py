@@ -82,6 +82,7 @@ def test_a_checkpoint_from_before_names_were_saved_keeps_its_order(tmp_path, cap
 def test_class_names_are_read_from_a_checkpoint(tmp_path):
     import orbax.checkpoint as ocp
 
+    (tmp_path / "state").mkdir()
     assert weights.read_class_names(epath.Path(tmp_path)) is None
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "class_names", args=ocp.args.JsonSave(list(NAMES)))

@@ -12,7 +12,7 @@ from helpers import REPO
 from flip_jax import runtime
 from flip_jax.tools import COMMANDS, __main__
 
-NAMES = "aot card check convert demo embed evaluate inspect merge prepare report search".split()
+NAMES = "aot card check convert demo embed evaluate inspect merge prepare push report search".split()
 
 
 def refusal(capsys, *argv):
