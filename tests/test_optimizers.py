@@ -120,6 +120,7 @@ def test_gradients_are_clipped_by_their_norm_all_together(most, factor):
     [OptimConfig("lamb", 2e-4 * 16, clip_norm=1.0, ema=0.5), OptimConfig("muon", 2e-4 * 16)],
     ids=lambda config: config.name,
 )
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(optim_config):
     config = dataclasses.replace(CONFIG, optim=optim_config)
     one, eight = run_steps(1, MeshConfig(), config=config), run_steps(8, MeshConfig(fsdp=2), config=config)

@@ -63,6 +63,7 @@ def whole(shards, tmp_path_factory, compiled_once):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_staged_run_from_start_to_end(whole, shards, tmp_path, capsys):
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -95,7 +96,7 @@ def test_a_staged_run_from_start_to_end(whole, shards, tmp_path, capsys):
         run(shards, whole, STAGES.rpartition(";")[0])
 
 
-@pytest.mark.parametrize("killed_after", [3, 4, 5, 6])
+@pytest.mark.parametrize("killed_after", [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5, 6))])
 def test_resumed_anywhere_it_ends_with_the_same_bits(whole, shards, tmp_path, capsys, killed_after):
     """Later steps are removed, as if the run had been killed before it saved them."""
     workdir = tmp_path / "run"
@@ -111,6 +112,7 @@ def test_resumed_anywhere_it_ends_with_the_same_bits(whole, shards, tmp_path, ca
     assert ("stage 1/3: compiled" in said) == (killed_after < BOUNDARIES[0])
 
 
+@pytest.mark.slow
 def test_later_stages_change_after_a_boundary(whole, shards, tmp_path, capsys):
     """A run that is at the end of its first stage gets another second one, and ends as if it had always had it."""
     other = STAGES.partition(";")[0] + ";32:optim.state=fresh,warmup_samples=0"
@@ -123,6 +125,7 @@ def test_later_stages_change_after_a_boundary(whole, shards, tmp_path, capsys):
     same(tmp_path / "other", tmp_path / "run", 6)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_stage_is_one_without_stages(shards, tmp_path, compiled_once):
     run(shards, tmp_path / "plain", "", total_samples=64)
     run(shards, tmp_path / "staged", "64", total_samples=64)

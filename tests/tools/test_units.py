@@ -42,7 +42,7 @@ def test_workers_stay_for_the_next_units(tmp_path):
     assert len(found) == 6 and len(set(found)) == 1
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_workers_cost_nothing_and_deadly_records_themselves(tmp_path, capsys, threads):
     job = Numbers(tmp_path, at_record=[(1, 4), (1, 7)], at_unit=[3], once=[0, 5], slow=[(6, 2)])
     found, skipped = run(job, 8, workers=2, threads=threads)
