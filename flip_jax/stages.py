@@ -79,7 +79,7 @@ def plan(config: Config) -> list[Stage]:
 
 
 def _read(part: str, config: Config, where: str) -> tuple[Config, bool]:
-    """Returns the config of a stage, "SAMPLES:KEY=VALUE,KEY=VALUE", and whether its optimizer starts anew."""
+    """Returns the config of a stage, "SAMPLES:KEY=VALUE,KEY=VALUE", and whether its optimizer starts from scratch."""
     length, _, changes = part.partition(":")
     length = _digits(length.strip()).replace("_", "")
     if not re.fullmatch(r"\d{1,18}", length):
@@ -138,7 +138,7 @@ def enter(stage: Stage, program: Program, state: TrainState) -> TrainState:
     """Makes the first state of a stage from the last one of the stage before.
 
     Positions fit the stage's image size: fixed ones are computed, learned ones interpolated. The optimizer keeps its
-    state, but the moments of interpolated weights are zero, or starts anew; the schedule starts at its warm-up.
+    state, but the moments of interpolated weights are zero, or starts from scratch; the schedule starts at its warm-up.
     """
 
     def fit(path, like, value):
