@@ -207,7 +207,8 @@ class Interrupts:
 
 def _end(code: int, line: str) -> None:
     try:
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # at once: print would write the end of the line by itself
+        sys.stderr.flush()
         for function in at_end:
             function()
         sys.stdout.flush()

@@ -4,6 +4,7 @@
 
 import importlib
 import io
+import logging
 import os
 import tarfile
 
@@ -26,6 +27,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (245, 245, 245)}
 SHAPES = ("square", "frame")
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """Commands set the level of the root logger, for a process that ends with them."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture
