@@ -31,10 +31,8 @@ SHAPES = ("square", "frame")
 
 @pytest.fixture(autouse=True)
 def log_level():
-    """Commands set the level of the root logger, for a process that ends with them."""
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
+    """Sets the root logger's level back, which commands that a test or fixture calls set for their whole process."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture
