@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from flip_jax import config_check, saved_config, train_step
+from flip_jax import config_check, saved_config, train_step, weights
 from flip_jax.checkpoint import Checkpoints
 from flip_jax.config import Config, Stage
 from flip_jax.models import vit
@@ -146,11 +146,10 @@ def enter(stage: Stage, program: Program, state: TrainState) -> TrainState:
             return value
         tower, name = (key.key for key in path)
         assert name == "pos_embed"  # nothing else has the image's size
-        image, whole = stage.config.model.image, np.asarray(value)
-        grid = image.image_size // image.patch_size
-        if tower == "image" and image.positions == "learned":
-            return _place(like, np.asarray(vit.resize_positions(whole, grid)))
-        return _place(like, vit.sincos_2d(grid, whole.shape[2]))
+        image = stage.config.model.image
+        if tower == "image":
+            return _place(like, weights.resize_weight(image, name, np.asarray(value)))
+        return _place(like, vit.sincos_2d(image.image_size // image.patch_size, like.shape[2]))
 
     def keep(like, value):
         if _is_schedule(like):
@@ -161,12 +160,12 @@ def enter(stage: Stage, program: Program, state: TrainState) -> TrainState:
         return jax.tree_util.tree_map_with_path(fit, getattr(program.state, name), getattr(state, name))
 
     # An average of the weights is kept, too, and has their shapes.
-    weights = {name: fitted(name) for name in state._fields if name not in ("step", "opt_state")}
+    fits = {name: fitted(name) for name in state._fields if name not in ("step", "opt_state")}
     if stage.fresh:
         jax.tree.map(lambda x: x.delete(), state.opt_state)  # makes room for the new one
-        return state._replace(opt_state=program.init(weights["params"]).opt_state, **weights)
+        return state._replace(opt_state=program.init(fits["params"]).opt_state, **fits)
     opt_state = jax.tree.map(keep, program.state.opt_state, state.opt_state, is_leaf=_is_schedule)
-    return state._replace(opt_state=opt_state, **weights)
+    return state._replace(opt_state=opt_state, **fits)
 
 
 def _is_schedule(x: Any) -> bool:
