@@ -52,9 +52,8 @@ def main(own: argparse.Namespace, settings: list[str]) -> int:
 
         lines = "\n".join(f"  {path:24}{line}" for path, line in did_you_mean.recipes().items())
         missing = f"--config=configs/NAME.py is missing. The recipes:\n{lines}"
-        unknown = [word[2:].partition("=")[0] for word in settings if word[:2] == "--" and word[:8] != "--config"]
-        hints = f"\n{did_you_mean.options(unknown)}" if unknown else ""
-        raise runtime.UserError(f"{missing}\n{TRY.format('configs/flip_b16.py')}{hints}")
+        parts = (missing, TRY.format("configs/flip_b16.py"), config_check.unknown_options(settings))
+        raise runtime.UserError("\n".join(filter(None, parts)))
     config = config_check.read_recipe(settings)
     path, variants = config_check.find_recipe(own.config[0])
     workdir = os.path.expanduser(own.workdir or f"runs/{config_check.run_name(path, variants)}")

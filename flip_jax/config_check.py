@@ -289,7 +289,8 @@ def _normalised(argument: str) -> str:
     if name.lstrip("-") == "config" and equals:
         path, arg = find_recipe(value)
         # Recipes import configs.common; `flip` does not run from the folder that holds both.
-        sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(path))))
+        if (root := os.path.dirname(os.path.dirname(os.path.abspath(path)))) not in sys.path:
+            sys.path.append(root)
         return f"{name}={path}:{arg}" if arg else f"{name}={path}"
     if type(known.get(key)) is int and equals:
         if not re.fullmatch(r"[+-]?[\d_]+|auto", number := integral(value)):
@@ -300,6 +301,13 @@ def _normalised(argument: str) -> str:
     if key == "data.captions" and "," in value and value[0] not in "([":
         return f"{name}={tuple(key.strip() for key in value.split(','))!r}"
     return argument
+
+
+def unknown_options(arguments: Sequence[str]) -> str:
+    """Returns the error text for options that are neither --config nor --config.KEY; empty if there are none."""
+    found = (re.match(r"--?(?!-|config(?:[.=]|$))([\w-]+)", argument) for argument in arguments)
+    names = [match[1] for match in found if match]
+    return _did_you_mean().options(names) if names else ""
 
 
 def read_recipe(arguments: Sequence[str]) -> Config:
@@ -317,8 +325,8 @@ def read_recipe(arguments: Sequence[str]) -> Config:
             f"--{repeated[0]} is given {keys.count(repeated[0])} times. If its value has braces or a glob, the shell "
             f"has expanded it: put it in quotes, --{repeated[0]}='...'"
         )
-    if unknown := [found[1] for a in arguments if (found := re.match(r"--?(?!-|config(?:[.=]|$))([\w-]+)", a))]:
-        raise UserError(_did_you_mean().options(unknown))
+    if hints := unknown_options(arguments):
+        raise UserError(hints)
     for first, second in zip(arguments, arguments[1:], strict=False):
         if first.startswith("--config.") and "=" not in first and second.startswith("--"):
             raise UserError(f"no value follows {first}: write {first}=VALUE")

@@ -1,5 +1,6 @@
 """What other libraries' names have in common: one function gives our parameters theirs, its transpose reads them."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,11 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flip_jax import config_check
 from flip_jax.config import ModelConfig
 from flip_jax.models.flip import FLIP, MAX_SCALE
 from flip_jax.runtime import UserError
 
 Rename = Callable[[Mapping[str, Any]], dict[str, jax.Array]]  # linear: it only moves numbers
+
+
+def checked(source: str, **settings: Any) -> ModelConfig:
+    """Returns the model that a file of another library describes; UserError, which names it, if it cannot be built."""
+    model = ModelConfig(**settings)
+    try:
+        config_check.from_config_dict({"model": dataclasses.asdict(model)})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return model
 
 
 def abstract_params(model: ModelConfig) -> dict[str, Any]:

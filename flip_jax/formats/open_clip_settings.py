@@ -1,13 +1,12 @@
 """Translates open_clip's configuration of a model to our settings and back, or say why it cannot be done."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flip_jax import config_check
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 from flip_jax.data.clip_tokenizer import ClipTokenizer
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.formats import names
 from flip_jax.models.vit import PIXEL_STATS
 from flip_jax.runtime import UserError
 
@@ -123,7 +122,8 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
         eps.append(norm.get("eps", EPS))
     if activations[0] != activations[1] or eps[0] != eps[1]:
         refuse("activation and eps of the towers", (activations, eps), "the same in both")
-    model = ModelConfig(
+    return names.checked(
+        source,
         image=ImageConfig(
             image_size=size,
             patch_size=patch,
@@ -152,11 +152,6 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
         norm_eps=eps[0],
         dtype="float32",
     )
-    try:
-        config_check.from_config_dict({"model": dataclasses.asdict(model)})
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    return model
 
 
 def _filled(content: Any, known: Mapping[str, Any], where: str) -> dict[str, Any]:

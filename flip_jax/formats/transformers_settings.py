@@ -1,15 +1,13 @@
 """Translates the config.json of transformers' CLIP and SigLIP to our settings and back, or says why it cannot."""
 
-import dataclasses
 import difflib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from flip_jax import config_check
 from flip_jax.config import ImageConfig, ModelConfig, TextConfig
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.formats import tensors
+from flip_jax.formats import names, tensors
 from flip_jax.models.vit import PIXEL_STATS
 from flip_jax.runtime import UserError
 
@@ -101,7 +99,8 @@ def model_settings(content: Mapping[str, Any], folder: pathlib.Path) -> ModelCon
         embed = text["projection_size"] or text["hidden_size"]
         if embed != vision["hidden_size"]:
             refuse("text_config.projection_size", embed, "the width of the image tower")
-    model = ModelConfig(
+    return names.checked(
+        source,
         image=ImageConfig(
             **_sizes(vision),
             image_size=vision["image_size"],
@@ -127,11 +126,6 @@ def model_settings(content: Mapping[str, Any], folder: pathlib.Path) -> ModelCon
         norm_eps=float(vision["layer_norm_eps"]),
         dtype="float32",
     )
-    try:
-        config_check.from_config_dict({"model": dataclasses.asdict(model)})
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    return model
 
 
 def _sizes(tower: Mapping[str, Any]) -> dict[str, int]:

@@ -143,15 +143,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="folder of a run, or of one of its steps")
     parser.add_argument("--tasks", default="", help="EVALUATOR/DATASET,EVALUATOR/DATASET (default: the run's own)")
     parser.add_argument("--list", action="store_true", help="only print the data sets that tasks may name")
-    parser.add_argument("--json", metavar="FILE", help="write all metrics to this file")
     parser.add_argument("--chart", metavar="FILE", help="draw the headlines to this PNG file")
-    parser.add_argument("--batch_size", type=options.positive, help="as config.eval.batch_size")
-    parser.add_argument("--classnames", default="", help="as config.eval.classnames")
     parser.add_argument(
         "--template", action="append", default=[], help="as config.eval.templates; repeat it for several"
     )
     parser.add_argument("--mask", default="", help="as config.eval.mask")
-    options.add_tfds_dir(parser)
+    options.add_evaluation(parser)
     runtime.add_distributed_arguments(parser)
 
 

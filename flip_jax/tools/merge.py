@@ -140,11 +140,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks", default="", help="as in flip evaluate (default: A's own, or none with --out)")
     parser.add_argument("--out", metavar="DIR", help="write the mixture of a single --alpha")
-    parser.add_argument("--json", metavar="FILE", help="write all metrics to this file")
     parser.add_argument("--chart", metavar="FILE", help="draw the headlines over alpha to this PNG file")
-    parser.add_argument("--batch_size", type=options.positive, help="as config.eval.batch_size")
-    parser.add_argument("--classnames", default="", help="as config.eval.classnames")
-    options.add_tfds_dir(parser)
+    options.add_evaluation(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:

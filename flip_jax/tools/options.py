@@ -39,6 +39,14 @@ def add_tfds_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tfds_dir", default="", metavar="DIR", help="folder of TFDS data, as config.data.tfds_dir")
 
 
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add what all commands take that run tasks: --json, --batch_size, --classnames and --tfds_dir."""
+    parser.add_argument("--json", metavar="FILE", help="write all metrics to this file")
+    parser.add_argument("--batch_size", type=positive, help="as config.eval.batch_size")
+    parser.add_argument("--classnames", default="", help="as config.eval.classnames")
+    add_tfds_dir(parser)
+
+
 def require(arguments: argparse.Namespace, *names: str) -> None:
     """Raise UserError for an argument that may be given in two ways and was given in neither."""
     for name in names:
