@@ -18,6 +18,7 @@ from tqdm import tqdm
 from flip_jax import runtime
 from flip_jax.config import DataConfig
 from flip_jax.data import records, sources, transforms
+from flip_jax.runtime import UserError
 from flip_jax.tools import options, units
 from flip_jax.tools.removed import priority
 from flip_jax.tools.source_units import SourceUnits
@@ -270,4 +271,6 @@ def main(arguments: argparse.Namespace) -> None:
     summary = inspect(cut, data, arguments.limit, crew)
     rate = summary.read / (time.perf_counter() - start)
     summary.draw(arguments.out / GRID_FILE, source, data)
-    print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}")
+    print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}", flush=True)
+    if not summary.usable:
+        raise UserError(f"no record of {arguments.source} can be used for training; the counts above say why")
