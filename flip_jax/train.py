@@ -40,6 +40,10 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     workdir = epath.Path(workdir)
     if config.profile and runtime.is_remote(workdir):
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
+    if config.model.text.mask_counts:
+        from flip_jax.data import token_counts  # few runs need it
+
+        config = token_counts.identified(config)
     mesh = sharding.make_mesh(config.mesh)
     stages = plan(config)
     for stage in stages:
