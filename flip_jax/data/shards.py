@@ -137,8 +137,8 @@ class WebDataset(Shards):
                     return [line.strip() for line in file.read(MAX_TEXT).decode().strip().split("\n")]
             except FileNotFoundError:
                 pass
-            except UnicodeDecodeError as error:
-                raise UserError(f"{folder}/{name} is not UTF-8; save it as UTF-8") from error
+            except UnicodeDecodeError:
+                raise UserError(f"{folder}/{name} is not UTF-8; save it as UTF-8") from None
         return None
 
     def _samples(self, file, offset, path):

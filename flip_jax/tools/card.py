@@ -135,7 +135,7 @@ def add_evaluation(card: Card, path: str) -> None:
     try:
         content = untrusted.read_file(path)
     except OSError as error:
-        raise UserError(f"--evaluation {path!r} cannot be read: {error.strerror}") from error
+        raise UserError(f"--evaluation {path!r} cannot be read: {error.strerror}") from None
     try:
         report = json.loads(content.decode())
     except (ValueError, RecursionError):  # neither UTF-8 nor JSON
@@ -162,7 +162,7 @@ def write(folder: str | os.PathLike, card: Card, name: str = "") -> None:
         (folder / JSON).write_text(json.dumps(card, indent=1) + "\n")
         (folder / MARKDOWN).write_text(markdown(card, name or os.path.basename(os.path.abspath(folder))))
     except OSError as error:
-        raise UserError(f"{folder}: the model card cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder}: the model card cannot be written: {error.strerror or error}") from None
 
 
 def markdown(card: Card, name: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from flip_jax import inference, lock, runtime, saved_config, saved_step
 from flip_jax.config import DataConfig
-from flip_jax.data import sources
+from flip_jax.data import paths, sources
 from flip_jax.data.records import CHUNK, END, Pick, Record
 from flip_jax.runtime import UserError
 from flip_jax.tools import index as index_lib
@@ -232,7 +232,8 @@ def write_index(
         found: dict[str, Any] = {}
         if workers.run([IDENTITY], lambda _, identity: found.update(identity), quiet=True):
             raise UserError(f"--model {model!r} ends every worker that loads it: it may not fit into memory")
-        embedding = Embedding(out, cut, data, settings | found, os.path.abspath(model))
+        place = model if paths.is_remote(model) else os.path.abspath(model)
+        embedding = Embedding(out, cut, data, settings | found, place)
         embedding.run(workers)
     return embedding.index
 
@@ -265,7 +266,7 @@ def main(arguments: argparse.Namespace) -> None:
     except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
         raise UserError(
             f"--model {arguments.model!r} cannot be read: {error}; check the path and its credentials"
-        ) from error
+        ) from None
     if arguments.tfds_dir:
         data = dataclasses.replace(data, tfds_dir=arguments.tfds_dir)
     source = open_source(arguments.source, data, arguments.texts)

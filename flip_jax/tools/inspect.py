@@ -309,4 +309,6 @@ def main(arguments: argparse.Namespace) -> None:
         options.write_text("--counts", arguments.counts, token_counts.to_text(tokenizer, summary.tokens))
         found = f"{summary.tokens.total():,} tokens, {len(summary.tokens):,} of {tokenizer.vocab_size:,}"
         summary.notes += [f"{found}: {arguments.counts}"]
-    print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}")
+    print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}", flush=True)
+    if not summary.usable:
+        raise UserError(f"no record of {arguments.source} can be used for training; the counts above say why")

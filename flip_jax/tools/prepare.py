@@ -351,7 +351,7 @@ def _find_duplicates(job, crew, blocks, removed):
     kept = lambda unit, answer: blocks.__setitem__(unit[1], answer["blocks"])  # noqa: E731
     passes = [("find", range(groups), found), ("keep", sorted(blocks), kept)]
     for kind, numbers, done in passes:
-        if failed := crew.run([(kind, i) for i in numbers], done, says=kind, unit=" units"):
+        if failed := crew.run([(kind, i) for i in numbers], done, says=kind, counted=" units"):
             raise UserError(f"duplicates could not be found, {next(iter(failed.values()))}: run it again")
 
 

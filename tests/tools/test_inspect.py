@@ -105,10 +105,12 @@ def test_source_is_an_option_too(damaged, tmp_path, capsys):
     assert "5 records read: 3 usable, 2 bad" in capsys.readouterr().out
 
 
-def test_sources_without_usable_records_are_drawn_too(tmp_path, capsys):
+def test_sources_without_usable_records_are_drawn_too_and_are_a_failure(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", [("1.txt", b"x")])
-    assert run(f"webdataset:{tmp_path}/0.tar", f"--out={tmp_path}") == 0
-    assert "1 records read: 0 usable, 1 bad" in capsys.readouterr().out
+    assert run(f"webdataset:{tmp_path}/0.tar", f"--out={tmp_path}") == 1
+    found = capsys.readouterr()
+    assert "1 records read: 0 usable, 1 bad" in found.out
+    assert f"error: no record of webdataset:{tmp_path}/0.tar can be used for training" in found.err
     assert (tmp_path / "inspection.png").stat().st_size > 1000
 
 
