@@ -75,6 +75,7 @@ def by_torch() -> None:
 
 
 def main(peer_python: str = "", rounds: str = "9") -> None:
+    turns.keep_memory()
     sides = {"xla": sys.executable} | ({"torch": peer_python} if peer_python else {})
     workers = {side: turns.Worker([python, "-m", "benchmarks.cpu_products", side]) for side, python in sides.items()}
     try:

@@ -6,8 +6,8 @@ usage: python -m benchmarks.input_pipeline 'SHARDS/{00000..00001}.tar' [--open_c
 PYTHON is the Python of an environment with open_clip, or with TensorFlow. In each round every loader runs in its own
 process, one after the other: without workers on one core, with one and two workers on all. Images per core second use
 the processor time of all threads and workers, so other work on the machine matters little. Prints JSON lines; ratios
-are medians over rounds. The last lines are the tables of docs/performance.md: the cores that a host needs, by the
-steps of docs/scale.md.
+are medians over rounds. Then follow the table of docs/performance.md, the cores that a host needs by the steps of
+docs/scale.md, and the memory that loading takes.
 """
 
 import argparse
@@ -174,18 +174,18 @@ def main() -> None:
             same = f"flip_jax, {name.partition(', ')[2]}"
             compare(f"{same} to {name}", rounds[same], rounds[name])
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(pathlib.Path(folder), noise(320, RECORD), [3000] * 4)
-        for workers in (0, max(WORKERS)):
-            found = run([*own, f"{folder}/{{0..3}}.tar", "--measure=memory", f"--workers={workers}"], cores)
-            show({"memory with workers": workers} | found)
-    with tempfile.TemporaryDirectory() as folder:
         write_shards(pathlib.Path(folder), noise(16), [10_000] * 4)
         command = [*own, f"{folder}/{{0..3}}.tar", "--measure=hand_on", f"--workers={max(WORKERS)}"]
         found = [speeds(run([*command, f"--seconds={flags.seconds}"], cores)) for _ in range(flags.rounds)]
     main_time = statistics.median(one["main_microseconds_per_image"] for one in found)
     show({"main_microseconds_per_image of 16 px": main_time, "images_per_second at most": 1e6 / main_time})
     per_core = statistics.median(one["images_per_core_second"] for one in ours)
-    print(cores_table((ROOT / "docs" / "scale.md").read_text(), per_core, 1e6 / main_time))
+    print(cores_table((ROOT / "docs" / "scale.md").read_text(), per_core, 1e6 / main_time), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(pathlib.Path(folder), noise(320, RECORD), [3000] * 4)
+        for workers in (0, max(WORKERS)):
+            found = run([*own, f"{folder}/{{0..3}}.tar", "--measure=memory", f"--workers={workers}"], cores)
+            show({"memory with workers": workers} | found)
 
 
 if __name__ == "__main__":

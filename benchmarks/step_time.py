@@ -5,12 +5,13 @@ usage: python -m benchmarks.step_time [--models=flip_l16,flip_b16] [--peer_pytho
 PYTHON is the Python of an environment with open_clip. The data are already on the device. Both sides run the same
 sizes, each in its own process. On a CPU all programs take turns, round after round. On an accelerator, whose memory
 holds only one process, `plan` lists the measurements, the most telling ones first: each model at its defaults, next to
-open_clip, then with one setting changed. With SHARDS, the last two minutes are for benchmarks/input_pipeline.py. Each
-row is a line of --results as soon as it is measured, and the last one of a row counts; --rounds=0 only draws them.
-Whatever is not measured after --seconds is skipped.
+open_clip, then with one setting changed. The rows of a process are written to --results when it ends, also when it is
+cut off by --seconds, SIGTERM or Ctrl-C; the last line of a row counts, and --rounds=0 only draws them. With SHARDS, the
+last two minutes are for benchmarks/input_pipeline.py, whose lines go to a file next to --results.
 
-A machine without a package index needs these as wheels (`pip download --no-deps -d wheels NAME...` elsewhere, then
-`pip install --no-index --no-deps wheels/*.whl`). Those before the semicolons usually come with an image for CUDA:
+A machine without a package index needs these as wheels, of the versions in setup.py and for its Python (elsewhere
+`pip download --no-deps --only-binary=:all: --python-version=3.12 --platform=manylinux_2_28_x86_64 -d wheels NAME...`,
+there `pip install --no-index --no-deps wheels/*.whl`). Those before the semicolons usually come with an image for CUDA:
   the step: jax with its CUDA plugin, flax, optax, etils, absl-py, matplotlib, tqdm;
   open_clip: torch, torchvision, timm, regex, huggingface_hub, safetensors; open_clip_torch, ftfy, wcwidth
   the input: fsspec, orbax-checkpoint, tensorstore, tokenizers, pillow; grain, array_record, ftfy, wcwidth, simplejpeg,
@@ -18,6 +19,7 @@ A machine without a package index needs these as wheels (`pip download --no-deps
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -96,7 +98,7 @@ def summarise(model: str, sides: dict[tuple[str, str], Measured]) -> list[dict]:
     }
     rows = []
     for side, (about, times) in sides.items():
-        peak = about["peak_flops"] or products["flip_jax", ""]
+        peak = about["peak_flops"] or products.get(("flip_jax", ""))  # unknown for some GPUs
         for mask, seconds in times.items():
             if mask == "product" or not seconds:
                 continue
@@ -106,8 +108,8 @@ def summarise(model: str, sides: dict[tuple[str, str], Measured]) -> list[dict]:
                 row["product_tflops"] = products[side] / 1e12
             row |= {"framework": side[0], "setting": side[1], "mask": float(mask), "rounds": len(seconds)}
             row |= {"seconds": float(np.median(seconds)), "fastest": min(seconds), "slowest": max(seconds)}
-            row |= {"images_per_second": rate, "mfu": rate * about["sample_flops"][mask] / peak}
-            row |= {"peak_tflops": peak / 1e12}
+            row |= {"images_per_second": rate, "mfu": rate * about["sample_flops"][mask] / peak if peak else None}
+            row |= {"peak_tflops": peak / 1e12 if peak else None}
             row["flops_of_unmasked"] = about["sample_flops"][mask] / about["sample_flops"]["0.0"]
             row["time_of_unmasked"] = ratio(seconds, times.get("0.0"))
             peer = sides.get(("open_clip", ""))
@@ -138,7 +140,9 @@ def measure(
             framework, change = side
             about = sides["flip_jax", ""].about if ("flip_jax", "") in sides else {}
             if framework == "flip_jax":
-                command = [sys.executable, "-m", "benchmarks.own_step", case.model, str(batch), change, masks]
+                # Another policy may leave room for more rows; otherwise two compilations would find the same number.
+                size = batch if change.startswith("remat") else about.get("batch", batch)
+                command = [sys.executable, "-m", "benchmarks.own_step", case.model, str(size), change, masks]
             elif peer_python and about:
                 command = [peer_python, "-m", "benchmarks.open_clip_step", json.dumps(about), masks]
             else:
@@ -166,7 +170,8 @@ def write_table(lines: list[dict], path: pathlib.Path) -> None:
     for line in lines:
         times = (1000 * line[key] for key in ("seconds", "fastest", "slowest"))
         cells = [line["device"], line["model"], str(line["batch"]), name(line), f"{line['mask']:g}"]
-        cells += [f"{line['images_per_second']:.1f}", "{:.0f} ({:.0f} to {:.0f})".format(*times), f"{line['mfu']:.0%}"]
+        cells += [f"{line['images_per_second']:.1f}", "{:.0f} ({:.0f} to {:.0f})".format(*times)]
+        cells += ["" if line["mfu"] is None else f"{line['mfu']:.0%}"]
         keys = ("time_of_unmasked", "flops_of_unmasked", "speed_of_open_clip")
         cells += ["" if line[key] is None else f"{line[key]:.2f}" for key in keys]
         text += f"| {' | '.join(cells)} |\n"
@@ -222,7 +227,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer_python", help="Python of an environment with open_clip")
     parser.add_argument("--shards", help="tars for benchmarks/input_pipeline.py")
-    parser.add_argument("--seconds", type=int, default=570, help="stop after this time")
+    parser.add_argument("--seconds", type=int, default=570, help="skip what is not measured after this time")
     parser.add_argument("--results", type=pathlib.Path, default="docs/step_time.jsonl", help="one line per row")
     parser.add_argument("--table", type=pathlib.Path, default="docs/notes/performance.md", help="the page to write")
     parser.add_argument("--chart", type=pathlib.Path, default="docs/images/step_time.png", help="the chart to draw")
@@ -230,10 +235,13 @@ def main() -> None:
     plt.switch_backend("agg")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     backend = default_backend()
+    if backend == "cpu":
+        turns.keep_memory()
     names = arguments.models or ("vit_s16" if backend == "cpu" else "flip_l16,flip_b16")
     sides: dict[str, dict] = {name: {} for name in names.split(",")}
     written: list[dict] = []
     signal.signal(signal.SIGALRM, out_of_time)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what ends a call does not cost its rows
     signal.alarm(arguments.seconds - (INPUT_SECONDS if arguments.shards else 0))
     try:
         for case in plan(list(sides), backend) if arguments.rounds else ():
@@ -251,14 +259,26 @@ def main() -> None:
         print(f"--seconds={arguments.seconds} have passed: the rest is skipped", file=sys.stderr)
     signal.alarm(0)
     if arguments.shards:
-        command = [sys.executable, "-m", "benchmarks.input_pipeline", arguments.shards, "--rounds=1", "--seconds=5"]
-        try:
-            subprocess.run(command, cwd=turns.ROOT, timeout=INPUT_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            print(error, file=sys.stderr)
+        measure_input(arguments.shards, arguments.results.with_suffix(".input.jsonl"))
     lines = newest(pages.read(arguments.results))
     write_table(lines, arguments.table)
     draw(lines, arguments.chart)
+
+
+def measure_input(shards: str, path: pathlib.Path) -> None:
+    """Write to `path` what benchmarks/input_pipeline.py prints within INPUT_SECONDS, and print it."""
+    command = [sys.executable, "-m", "benchmarks.input_pipeline", shards, "--rounds=1", "--seconds=5"]
+    with path.open("w") as file:
+        process = subprocess.Popen(command, cwd=turns.ROOT, stdout=file, start_new_session=True)
+        try:
+            process.wait(INPUT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            print(error, file=sys.stderr)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended
+                os.killpg(process.pid, signal.SIGINT)  # its loaders, too
+            process.wait()
+    print(path.read_text(), end="", flush=True)
 
 
 def default_backend() -> str:

@@ -20,14 +20,21 @@ HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD
 LEAST = 1.0  # seconds of a turn; shorter programs are repeated
 
 
+def keep_memory() -> None:
+    """Give the processes that are started from now on `HEAP`, where the environment does not differ."""
+    os.environ.update(HEAP | os.environ)
+
+
 class Worker:
-    """A process that calls `serve`, seen from the measuring side; it gets `HEAP` unless the environment differs."""
+    """A process that calls `serve`, seen from the measuring side."""
 
     def __init__(self, command: Sequence[str]):
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=HEAP | os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.about = self._receive()  # what it reports once everything is compiled
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.about = self._receive()  # what it reports once everything is compiled
+        except BaseException:  # such as the end of the time: nobody else would end it, and it holds the device
+            self.close()
+            raise
 
     def seconds(self, name: str) -> float:
         """Measure one call of `name`."""

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from helpers import REPO
 
-from benchmarks import cpu_products, input_pipeline, own_step, pages, scale, step_time, tradeoff, turns
+from benchmarks import ablations, cpu_products, input_pipeline, own_step, pages, scale, step_time, tradeoff, turns
+from flip_jax import train
 
 BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
 
@@ -60,6 +63,59 @@ def test_a_tuned_run_costs_its_masked_part_and_the_tuning():
     assert tradeoff.cost("mask 0.75, tuned", 100, of_sample) == 200 + 8 * tradeoff.TUNING
 
 
+ROWS = {row.name: row for row in ablations.ROWS}
+WHOLE, SMALL = "model.image.mask_ratio=0", "model.image.image_size=32,model.image.mask_ratio=0"
+SECONDS = {"": 0.25, WHOLE: 1.0, SMALL: 0.5, "optim.ema=0.98": 0.3}
+
+
+def test_runs_have_as_many_steps_as_the_same_time_allows():
+    found = {name: ablations.steps(row, 75, SECONDS) for name, row in ROWS.items() if row.stages}
+    assert found == {"mask 0.75, then 0": [240, 15], "32 px, then 64 px, both without mask": [120, 15]}
+    assert ablations.steps(ablations.BASE, 75, SECONDS) == [300]
+    assert ablations.steps(ROWS["constant, cooldown over 20 %"], 75, SECONDS) == [300]  # a schedule costs nothing
+    assert ablations.steps(ROWS["constant without cooldown, EMA 0.98"], 75, SECONDS) == [250]
+    assert len(ROWS) == len(ablations.ROWS)
+
+
+def test_runs_at_equal_time_have_a_schedule_of_their_own_length(tmp_path):
+    emoji = ablations.data_set("")
+    staged = ablations.settings(ROWS["32 px, then 64 px, both without mask"], [120, 15], 1, emoji, tmp_path)
+    parts = [(one.last, one.config.model.image, one.config) for one in train.plan(staged)]
+    assert [(last, image.image_size, image.mask_ratio) for last, image, _ in parts] == [(120, 32, 0), (135, 64, 0)]
+    assert [one.warmup_samples for *_, one in parts] == [1536, 192]
+    assert [one.optim.base_learning_rate for *_, one in parts] == [2e-3, 5e-4] and staged.seed == 1
+    cooled = ablations.settings(ROWS["constant, cooldown over 20 %"], [300], 0, emoji, tmp_path)
+    assert (cooled.total_samples, cooled.optim.cooldown_samples, cooled.stages) == (38_400, 7_680, "")
+    counted = ablations.settings(ROWS["rare ones, counted in all captions"], [300], 2, emoji, tmp_path)
+    assert counted.model.text.mask_counts == str(tmp_path / "counts-emoji-2.json")
+    photos = ablations.settings(ablations.BASE, [300], 0, ablations.data_set(str(tmp_path)), tmp_path)
+    assert photos.data.train == f"webdataset:{tmp_path}/train-*.tar"
+    assert photos.eval.classnames == f"{tmp_path}/classes.json" and not photos.eval.tasks
+    for row in ablations.ROWS:  # all can be trained
+        ablations.settings(row, [100] * len(row.parts), 0, emoji, tmp_path)
+
+
+def test_the_gain_at_equal_time_is_seed_by_seed(tmp_path):
+    def line(row, seed, top1):
+        key = {"result": f"{row.group}: {row.name}", "data": "emoji", "seconds": 75, "seed": seed}
+        return key | {"top1": top1, "top5": 2 * top1}
+
+    times = {name: [seconds, seconds, 9.0] for name, seconds in SECONDS.items()}
+    staged = ROWS["mask 0.75, then 0"]
+    lines = [{"step_seconds": times, "data": "emoji", "device": "2 CPU cores"}]
+    lines += [line(ablations.BASE, seed, top1) for seed, top1 in enumerate((10.0, 14.0, 12.0))]
+    lines += [line(staged, 0, 11.0), line(staged, 2, 15.0)]
+    ablations.show(lines, tmp_path / "page.md", 75)
+    rows = [text.split(" | ")[2:] for text in (tmp_path / "page.md").read_text().splitlines() if " | " in text]
+    assert rows[1:] == [
+        ["250", "300", "12.00 ± 2.00", "24.00 ± 4.00", "", "3 |"],
+        ["250 / 1000", "240 / 15", "13.00 ± 2.83", "26.00 ± 5.66", "2.00 ± 1.41", "2 |"],
+    ]
+    left = ablations.missing(lines, 3, "emoji", 75)
+    assert len(left) == 3 * len(ROWS) - 5 and (staged, 1) in left and (staged, 0) not in left
+    assert [seed for _, seed in left] == sorted(seed for _, seed in left)
+
+
 def test_pages_keep_what_was_written_by_hand(tmp_path):
     path = tmp_path / "page.md"
     pages.write(path, "# Title\n\nold\n")
@@ -103,13 +159,22 @@ def test_step_times_are_medians_of_rounds_and_of_their_ratios():
     assert larger["speed_of_open_clip"] == 1.5  # twice the batch; median of 2/4 and 6/6
 
 
+def test_a_device_of_unknown_speed_has_no_mfu(tmp_path):
+    (row,) = step_time.summarise("vit_s16", {("flip_jax", ""): step_time.Measured(ABOUT, {"0.0": [2.0]})})
+    assert (row["images_per_second"], row["mfu"], row["peak_tflops"]) == (16, None, None)
+    step_time.write_table([row], tmp_path / "page.md")
+    assert "| 16.0 | 2000 (2000 to 2000) |  | 1.00 |" in (tmp_path / "page.md").read_text()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_processes_share_a_cpu_but_run_in_sequence_on_an_accelerator(monkeypatch, backend):
-    calls = []
+    calls, sizes = [], []
 
     class Worker:
         def __init__(self, command):
             side = "own" if command[2].endswith("own_step") else "peer"
+            if side == "own":
+                sizes.append(command[4])
             self.side, self.masks = " ".join([side, *filter(None, command[5:6])]), command[-1]
             self.about = ABOUT | {"programs": self.masks.split(",")}
             calls.append(f"start {self.side}")
@@ -127,9 +192,11 @@ def test_processes_share_a_cpu_but_run_in_sequence_on_an_accelerator(monkeypatch
         step_time.measure(case, 0, "python", 2, sides[case.model])
     own, peer = ([f"{side} {mask}" for mask in ("0.0", "0.5", "0.75")] for side in ("own", "peer"))
     if backend == "cpu":
+        assert sizes == ["0", "0"]
         turn = ["start own", "start peer", *2 * (own + peer), "close own", "close peer"]
         assert calls == 2 * turn
     else:
+        assert sizes == ["0", "0", *2 * ["0", "32", "32"]]  # only another policy looks for a larger batch
         first = ["start own", *2 * own, "close own", "start peer", *2 * peer[1:2], "close peer"]
         assert calls[:24] == 2 * first
         changed = ["own remat=dots", "own attention=xla", "own unroll=True"]
@@ -139,6 +206,48 @@ def test_processes_share_a_cpu_but_run_in_sequence_on_an_accelerator(monkeypatch
         ]
     assert [sorted(side.times) for side in sides["a"].values()][:2] == 2 * [["0.0", "0.5", "0.75"]]
     assert all(seconds == [1, 1] for side in sides["b"].values() for seconds in side.times.values())
+
+
+class CutOff:
+    """A worker whose call is cut off at its second turn of mask 0.5."""
+
+    number, turns = signal.SIGALRM, 0
+
+    def __init__(self, command):
+        flops = {"0.0": 4e9, "0.5": 2e9, "0.75": 1e9}
+        self.about = ABOUT | {"peak_flops": 1e12, "sample_flops": flops, "programs": command[-1].split(",")}
+
+    def seconds(self, name):
+        self.turns += name == "0.5"
+        if self.turns == 2:
+            signal.raise_signal(self.number)
+        return {"0.0": 4.0, "0.5": 2.0, "0.75": 1.0}[name]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM])
+def test_a_call_that_is_cut_off_keeps_what_it_measured(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(step_time, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(turns, "Worker", CutOff)
+    monkeypatch.setattr(CutOff, "number", number)
+    outputs = [f"--results={tmp_path / 'results'}", f"--table={tmp_path / 'table'}", f"--chart={tmp_path / 'a.png'}"]
+    monkeypatch.setattr(sys, "argv", ["step_time", "--models=tiny", *outputs])
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGALRM, signal.SIGTERM)]
+    try:
+        if number == signal.SIGTERM:
+            with pytest.raises(KeyboardInterrupt):
+                step_time.main()
+        else:
+            step_time.main()
+            assert "| tiny |" in (tmp_path / "table").read_text()
+    finally:
+        signal.alarm(0)
+        for handler in handlers:
+            signal.signal(*handler)
+    rows = pages.read(tmp_path / "results")
+    assert [(row["mask"], row["rounds"], row["seconds"]) for row in rows] == [(0, 2, 4), (0.5, 1, 2), (0.75, 1, 1)]
 
 
 @pytest.mark.slow
@@ -211,6 +320,35 @@ turns.serve({"device": "here"}, {"good": lambda times: print("noise", times), "b
     worker.close()
     with pytest.raises(RuntimeError, match="ended with 3"):
         turns.Worker([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_program_does_not_outlive_a_call_that_is_cut_off_while_it_starts():
+    started = []
+
+    class Interrupted(turns.Worker):
+        def _receive(self):
+            started.append(self._process)
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        Interrupted(["sleep", "600"])
+    assert started[0].returncode == -signal.SIGTERM
+
+
+def test_input_pipeline_that_takes_too_long_keeps_its_lines_and_leaves_no_loader(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport subprocess\nloader = subprocess.Popen(['sleep', '600'])\n"
+        "print(loader.pid, flush=True)\nloader.wait()\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(step_time, "INPUT_SECONDS", 3)
+    step_time.measure_input("shards", tmp_path / "input.jsonl")
+    (line,) = (tmp_path / "input.jsonl").read_text().split()
+    assert capsys.readouterr().out == f"{line}\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(line), 0)
 
 
 def test_results_are_read_as_they_were_appended(tmp_path):

@@ -18,12 +18,12 @@ from flip_jax.runtime import UserError
 from flip_jax.tools import card, report
 
 
-def tiny(shards, text, fsdp=2, **changes) -> Config:
+def tiny(shards, text, fsdp=2, workers=0, **changes) -> Config:
     """Settings of a run with learned positions that saves, and so logs, every step."""
     config = dataclasses.replace(
         CONFIG,
         stages=text,
-        data=DataConfig(train=f"webdataset:{shards}/*.tar", shuffle_window=50, workers=0, threads=1),
+        data=DataConfig(train=f"webdataset:{shards}/*.tar", shuffle_window=50, workers=workers, threads=1),
         model=model_with(image_positions="learned", image_depth=1, text_depth=1, text_vocab_size=100, unroll=True),
         mesh=MeshConfig(fsdp=fsdp),
         checkpoint=CheckpointConfig(every_steps=1, keep=99),
@@ -97,6 +97,15 @@ def test_resumed_anywhere_it_ends_with_the_same_bits(whole, shards, tmp_path, ca
     said = capsys.readouterr().out
     assert f"step 10/10  stage 3/3: samples 144  loss {losses[10]:.4f}" in said
     assert ("stage 1/3: compiled" in said) == (killed_after < BOUNDARIES[0])
+
+
+@pytest.mark.slow
+def test_worker_processes_read_the_same_across_boundaries(whole, shards, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for step in range(BOUNDARIES[0], STEPS + 1):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    run(shards, tmp_path / "run", workers=2)
+    same(whole, tmp_path / "run", STEPS)
 
 
 @pytest.mark.slow

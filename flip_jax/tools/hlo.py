@@ -124,33 +124,41 @@ class Module:
     def _traffic(self, body, instruction):
         if instruction.op == "fusion":
             inner = self.computations[_called(instruction)[0]]
-            read = sum(min(_hbm(body[o].shape), self._read(inner, n)) for n, o in enumerate(instruction.operands))
+            parts = (self._read(inner, n) for n in range(len(instruction.operands)))
+            whole = (_hbm(body[o].shape) for o in instruction.operands)
+            read = sum(size if part is None else min(size, part) for size, part in zip(whole, parts, strict=True))
             return read + min(_hbm(instruction.shape), self._written(inner))
         if instruction.op in ("slice", "dynamic-slice", "gather"):
             part = instruction.shape
             return min(_hbm(body[instruction.operands[0]].shape), nbytes(part)) + _hbm(part)
         if instruction.op == "dynamic-update-slice":
             return 2 * _hbm(body[instruction.operands[1]].shape)
+        if instruction.op == "async-update":  # TPU7x's SparseCores change a layout: the type has both sides
+            return _hbm(instruction.shape)
         shapes = instruction.shape.split(", ")[0] if instruction.op.endswith("-start") else instruction.shape
         return _hbm(shapes) + sum(_hbm(body[o].shape) for o in instruction.operands)
 
     def _read(self, body, parameter):
-        """Return the bytes that a fusion reads of a parameter: only the slices, if it is only sliced."""
+        """Return the bytes that a fusion reads of a parameter: only the slices, if it is only sliced.
+
+        None: it returns the parameter itself, perhaps in another layout.
+        """
         names = [i.name for i in body.values() if i.op == "parameter" and int(i.rest.split(")")[0]) == parameter]
         total = 0
         for user in body.values():
             for n, operand in enumerate(user.operands):
                 if operand not in names:
                     continue
-                if user.op == "bitcast":
+                inside = self._read(self.computations[_called(user)[0]], n) if user.op == "fusion" else None
+                if user.op in ("bitcast", "copy", "fusion") and inside is None:
                     names.append(user.name)
                 elif user.op == "fusion":
-                    total += self._read(self.computations[_called(user)[0]], n)
+                    total += inside
                 elif user.op in ("slice", "dynamic-slice", "gather") and n == 0:
                     total += nbytes(user.shape)
                 elif user.op != "dynamic-update-slice" or n != 0:  # it writes in place, so it does not read
                     return math.inf
-        return total
+        return None if any(i.root and i.name in names for i in body.values()) else total
 
     def _written(self, body, name=None):
         """Return the bytes that a fusion writes: only the update, if an array is updated in place."""

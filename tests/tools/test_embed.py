@@ -157,6 +157,14 @@ def test_the_identity_of_a_model_is_its_weights_settings_and_tokenizer(encoder):
     assert index.identity(make_encoder(words=(*WORDS, "more")))["config_hash"] != ours["config_hash"]
 
 
+def test_the_index_names_a_model_of_the_hub_as_it_was_given(encoder, tmp_path):
+    path, data = tmp_path / "texts.txt", encoder.config.data
+    path.write_text("a red picture\n")
+    lines = embed.open_source(str(path), data, True)
+    written = embed.write_index(encoder, "hf://org/fox@v1", lines, data, tmp_path / "out", name=str(path), texts=True)
+    assert (written["model"], written["rows"]) == ("hf://org/fox@v1", 1)
+
+
 def test_a_folder_or_source_that_does_not_fit_is_refused(encoder, source, tmp_path):
     write_embeddings(encoder, source, tmp_path / "out")
     with pytest.raises(UserError, match="was started with rows_per_part 10, not 5 .*use another folder"):

@@ -102,3 +102,46 @@ ENTRY %main (a: f32[64,8]) -> f32[16,8] {
 def test_slices_count_only_the_bytes_they_move():
     # One is copied to on-chip memory, the other from and to main memory.
     assert hlo.Module(SLICED).hbm_bytes() == 16 * 8 * 4 + 2 * 8 * 8 * 4
+
+
+NESTED = """HloModule test
+%same (input: f32[64,8]) -> f32[64,8] {
+  %input = f32[64,8]{1,0} parameter(0)
+  ROOT %again = f32[64,8]{1,0:T(8,128)} copy(%input)
+}
+
+%turn (input: f32[64,8]) -> f32[64,8] {
+  %input = f32[64,8]{1,0} parameter(0)
+  ROOT %turned = f32[64,8]{0,1} custom-call(%input), custom_call_target="format"
+}
+
+%whole (a: f32[64,8], b: f32[8,16]) -> f32[64,16] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %tiled = f32[64,8]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%same
+  %b = f32[8,16]{1,0} parameter(1)
+  ROOT %dot = f32[64,16]{1,0} dot(%tiled, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%row (a: f32[64,8], i: s32[]) -> f32[1,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %tiled = f32[64,8]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%same
+  %i = s32[]{:S(6)} parameter(1)
+  ROOT %part = f32[1,8]{1,0} dynamic-slice(%tiled, %i, %i), dynamic_slice_sizes={1,8}
+}
+
+ENTRY %main (a: f32[64,8], b: f32[8,16], i: s32[]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = f32[8,16]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  %product = f32[64,16]{1,0:S(1)} fusion(%a, %b), kind=kOutput, calls=%whole
+  %first = f32[1,8]{1,0:S(1)} fusion(%a, %i), kind=kLoop, calls=%row
+  %start = ((), (), (s32[8]{0:S(11)})) async-start(), async_execution_thread="sparsecore", calls=%turn
+  %update = ((f32[64,8]{1,0}), f32[64,8]{0,1}, (s32[8]{0:S(11)})) async-update(%start, %a)
+  ROOT %done = f32[64,8]{0,1} async-done(%update)
+}
+"""
+
+
+def test_operands_in_another_layout_are_read_like_the_operands_themselves():
+    # The product reads both operands, the slice one row; TPU7x's SparseCore reads and writes a whole array.
+    assert hlo.Module(NESTED).hbm_bytes() == 4 * ((64 * 8 + 8 * 16) + 8 + 2 * 64 * 8)
