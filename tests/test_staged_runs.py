@@ -7,28 +7,15 @@ import shutil
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 import staged_worker
-from helpers import BOUNDARIES, CACHE, CONFIG, STAGES, STEPS, final_params, leaves, metrics, model_with
+from helpers import BOUNDARIES, CONFIG, STAGES, STEPS, final_params, leaves, metrics, model_with
 
 from flip_jax import config_check, train
 from flip_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
 from flip_jax.runtime import UserError
 from flip_jax.tools import card, report
-
-
-@pytest.fixture(scope="module")
-def compiled_once():
-    """The runs of these tests share few programs: what one compiles, the others load."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (CACHE.name, 0.2), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 def tiny(shards, text, fsdp=2, workers=0, **changes) -> Config:
@@ -56,7 +43,7 @@ def same(one, other, step):
 
 
 @pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory, compiled_once):
+def whole(shards, tmp_path_factory):
     """A run of three stages that nothing disturbed, with all its steps."""
     workdir = tmp_path_factory.mktemp("whole")
     run(shards, workdir)
@@ -135,7 +122,7 @@ def test_later_stages_change_after_a_boundary(whole, shards, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_stage_is_one_without_stages(shards, tmp_path, compiled_once):
+def test_a_run_of_one_stage_is_one_without_stages(shards, tmp_path):
     run(shards, tmp_path / "plain", "", total_samples=64)
     run(shards, tmp_path / "staged", "64", total_samples=64)
     same(tmp_path / "plain", tmp_path / "staged", 4)
@@ -156,7 +143,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(shards, tmp_
     processes.set_forkserver_preload(["staged_worker"])
 
     def start(workdir):
-        process = processes.Process(target=staged_worker.run, args=(config, str(workdir), devices, CACHE.name))
+        process = processes.Process(target=staged_worker.run, args=(config, str(workdir), devices))
         process.start()
         return process
 
