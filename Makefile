@@ -18,8 +18,9 @@ demo: $(VENV)/installed
 	$(BIN)/flip report --model=$(DEMO)/run \
 		--queries="red heart,dog face,pizza,flag of Japan,rocket,guitar,crying face,soccer ball"
 
+# Two processes, and each file in one of them, because its tests share what they train.
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

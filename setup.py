@@ -78,6 +78,7 @@ setup(
         "wandb": ["wandb>=0.31,<1"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.12",
             "mypy>=1.18",
             "tensorboard>=2.19",

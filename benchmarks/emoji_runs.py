@@ -1,4 +1,4 @@
-"""Train small models on the embedded emoji and test them zero-shot, for ablations.py and tradeoff.py."""
+"""Train small models on the embedded emoji and test them zero-shot, for ablations.py, table1.py and tradeoff.py."""
 
 import dataclasses
 import importlib
@@ -25,8 +25,8 @@ def fit(config: Config, path: pathlib.Path) -> None:
         raise SystemExit("stopped; run the same command to resume")
 
 
-def score(encoder: inference.Encoder, config: Config, mask: str = "intact") -> dict[str, float]:
+def score(encoder: inference.Encoder, config: Config, mask: str = "intact", task: str = TASK) -> dict[str, float]:
     """Return zero-shot top1 and top5 in percent, with images seen as `mask` says."""
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, mask=mask))
-    found = evaluators.evaluate(encoder, TASK, config)
+    found = evaluators.evaluate(encoder, task, config)
     return {"top1": found["top1"], "top5": found["top5"]}

@@ -21,7 +21,7 @@ from etils import epath
 from flip_jax import config_check, manifest
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.runtime import UserError, hush_orbax, lost_another, say
+from flip_jax.runtime import UserError, hush_orbax, is_remote, lost_another, say
 
 hush_orbax()
 
@@ -77,7 +77,7 @@ class Checkpoints:
         """Starts saving `step`, of the stage with `config` of a `run`; returns when the arrays may be donated again."""
         self.wait()
         needed = sum(array.nbytes for array in jax.tree.leaves(state)) // jax.process_count()
-        if manifest.is_local(self.directory) and (free := shutil.disk_usage(self.directory).free) < needed:
+        if not is_remote(self.directory) and (free := shutil.disk_usage(self.directory).free) < needed:
             raise UserError(
                 f"step {step} could not be saved in {self.directory}: it takes up to {needed / 1e9:.3g} GB, and "
                 f"{free / 1e9:.3g} GB are free. Make room, then run the same command again"
@@ -131,7 +131,8 @@ class Checkpoints:
             (step, begun), self._saving = self._saving, None
             folder = pathlib.Path(self.directory / str(step))
             # Listing a bucket would take seconds.
-            size = sum(file.stat().st_size for file in folder.rglob("*")) if manifest.is_local(self.directory) else 0
+            files = () if is_remote(self.directory) else folder.rglob("*")
+            size = sum(file.stat().st_size for file in files)
             say(f"saved step {step} ({f'{size / 1e9:.3g} GB, ' if size else ''}{time.perf_counter() - begun:.0f} s)")
 
     def close(self):

@@ -49,6 +49,7 @@ class TextConfig:
     mlp_width: int = 0  # hidden units of the MLPs; 0: 4 x width
     mask: str = "prioritised"
     mask_ratio: float = 0.0
+    mask_counts: str = ""  # for mask "frequency": a file of `flip inspect --counts`; empty: counts of the batch
 
     @property
     def visible_tokens(self) -> int:

@@ -109,7 +109,7 @@ def recipes() -> dict[str, str]:
     paths = (path for path in sorted(glob.glob("configs/*.py")) if os.path.basename(path)[0] != "_")
     lines = {}
     for path in paths:
-        if path != os.path.join("configs", "common.py"):
+        if os.path.basename(path) not in ("common.py", "variants.py"):  # what recipes share
             with open(path, encoding="utf-8") as file:
                 lines[path] = file.readline().strip('"\n')
     return lines

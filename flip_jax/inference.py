@@ -81,7 +81,7 @@ class Encoder:
                 try:
                     pixels[i] = rare_images.eval_image(image, size, self.config.data)
                 except transforms.BadImage as error:
-                    raise UserError(f"image {i}, of mode {image.mode}, cannot be used: {error}") from error
+                    raise UserError(f"image {i}, of mode {image.mode}, cannot be used: {error}") from None
             return pixels
         if not hasattr(images, "shape") or not hasattr(images, "__array__"):
             given = f"{type(images).__name__} of {type(images[0]).__name__}" if isinstance(images, list | tuple) else ""
@@ -154,7 +154,11 @@ def load(path: str | os.PathLike, devices: list[jax.Device] | None = None) -> En
     try:
         step = saved_step.newest(path)
     except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
-        raise UserError(f"{os.fspath(path)} cannot be read: {error}; check the path and its credentials") from error
+        raise UserError(f"{os.fspath(path)} cannot be read: {error}; check the path and its credentials") from None
+    if step.is_file():
+        from flip_jax.formats import timm
+
+        raise timm.alone(path)
     config = saved_config.read(step)
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0))))

@@ -32,7 +32,7 @@ def hold(path: str | os.PathLike, what: str, together: bool = False) -> Iterator
     release: Callable[[], None] = lambda: None  # noqa: E731
     try:
         if not (together and sys.modules["jax"].process_index()):
-            if "://" in path:
+            if runtime.is_remote(path):
                 from flip_jax import lease
 
                 release = lease.acquire(path, what)

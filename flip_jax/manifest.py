@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import google_crc32c
 from etils import epath
 
+from flip_jax.runtime import is_remote
+
 NAME = "manifest.json"
 ORBAX = "commit_success.txt"  # ends a step in object stores, and in earlier versions everywhere
 CHUNK = 2**16  # bytes; more would not stay in the processor's cache between reading and summing
@@ -33,14 +35,14 @@ def measure(file: epath.Path, sync: bool = False) -> list[int]:
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             size, crc = size + len(chunk), google_crc32c.extend(crc, chunk)
-        if sync and is_local(file):
+        if sync and not is_remote(file):
             os.fsync(stream.fileno())
     return [size, crc]
 
 
 def sync_folder(path: epath.Path) -> None:
     """Makes sure that the names in a folder are on its disk; object stores do so by themselves."""
-    if is_local(path):
+    if not is_remote(path):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -49,18 +51,13 @@ def sync_folder(path: epath.Path) -> None:
 def complete(folder: epath.Path) -> list[int]:
     """Lists the steps in a folder. An object store cannot rename folders, so there a step may not be complete yet."""
     steps = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    return sorted(int(s.name) for s in steps if is_local(s) or any((s / last).exists() for last in (NAME, ORBAX)))
+    return sorted(int(s.name) for s in steps if not is_remote(s) or any((s / last).exists() for last in (NAME, ORBAX)))
 
 
 def remove(step: epath.Path) -> None:
     """Removes a step, which no longer counts as complete before the first file goes."""
-    if is_local(step):
+    if not is_remote(step):
         step = step.rename(f"{step}.orbax-checkpoint-tmp")  # what a kill leaves of it, Orbax removes at the next start
     for last in (NAME, ORBAX):
         (step / last).unlink(missing_ok=True)
     step.rmtree()
-
-
-def is_local(path: epath.Path) -> bool:
-    """Tells whether a path is on a disk, not in an object store."""
-    return "://" not in os.fspath(path)

@@ -8,6 +8,7 @@ row without repeats, and draws noise that depends on the key and the row in the 
 depend on how the batch is split over devices.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -128,15 +129,18 @@ def token_block(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
     return start_B[:, None] + jnp.arange(keep)[None]
 
 
-def frequency(key: jax.Array, token_BxT: jax.Array, keep: int) -> jax.Array:
+def frequency(key: jax.Array, token_BxT: jax.Array, keep: int, count_V: np.ndarray | None = None) -> jax.Array:
     """Prefers rare tokens: draws them one by one with weights sqrt(1 / f), padding last. CLIPF, 2412.16148.
 
     The paper keeps a word of frequency f with probability sqrt(t / f); for an exact count t drops out. It takes f from
-    the corpus; here it is the token's share of the global batch, which needs neither a table nor state. Ids above
-    65,535 share a count with the id 65,536 below.
+    the corpus, as `count_V` does. Without it f is the token's share of the global batch, which needs neither a table
+    nor state; ids above 65,535 then share a count with the id 65,536 below.
     """
-    bucket_BxT = token_BxT & 0xFFFF
-    count_BxT = jnp.zeros(1 << 16).at[bucket_BxT].add(1)[bucket_BxT]
+    if count_V is not None:
+        count_BxT = jnp.asarray(count_V)[token_BxT]
+    else:
+        bucket_BxT = token_BxT & 0xFFFF
+        count_BxT = jnp.zeros(1 << 16).at[bucket_BxT].add(1)[bucket_BxT]
     slowness_BxT = jnp.where(token_BxT == PAD, jnp.inf, jnp.sqrt(count_BxT))
     return jnp.sort(_weighted(key, token_BxT.shape, slowness_BxT, keep), axis=1)
 
@@ -208,7 +212,12 @@ def see_text(config: TextConfig, key: jax.Array, token_BxT: jax.Array) -> tuple[
     """Drops the masked tokens: returns the others [B, K] and their positions [B, K], rising."""
     if config.mask_ratio == 0:
         return token_BxT, None
-    position_BxK = TEXT_STRATEGIES[config.mask](key, token_BxT, config.visible_tokens)
+    strategy = TEXT_STRATEGIES[config.mask]
+    if config.mask == "frequency" and config.mask_counts:
+        from flip_jax.data import token_counts  # few runs need it
+
+        strategy = functools.partial(frequency, count_V=token_counts.per_token(config))
+    position_BxK = strategy(key, token_BxT, config.visible_tokens)
     return jnp.take_along_axis(token_BxT, position_BxK, axis=1), position_BxK
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from flip_jax.config import Config
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 
 # Peak bf16 FLOP/s of one device as JAX counts them, from data sheets (a TPU v3 or TPU7x chip is two devices).
 PEAK_FLOPS = {
@@ -77,7 +77,7 @@ class Writer:
             from flip_jax import metrics_file
 
             metrics_file.drop_after(workdir, step)
-        if "://" in os.fspath(workdir):
+        if is_remote(workdir):
             self._objects = trackers.ObjectLog(os.fspath(workdir / "metrics"), ".jsonl")
         else:
             self._file = os.fspath(workdir / "metrics.jsonl")

@@ -34,6 +34,11 @@ def plain(text: str) -> str:
     return text if text.isprintable() else untrusted.plain(text)
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """Tells whether a path is in an object store or on the web (gs://, s3://, http://, ...), not on a disk."""
+    return "://" in os.fspath(path)
+
+
 class _LogRecord(logging.LogRecord):
     def getMessage(self):  # noqa: N802  logging's name
         return plain(super().getMessage())

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 
 SMALL, RATIO = 2**30, 64  # bytes that are read whatever they fill; weights hardly compress
 
@@ -34,7 +34,7 @@ def checked(step: epath.Path, metadata: Any) -> tuple[str, Any]:
                 f"{step}: {array_name} of shape {array.shape} is stored in chunks of {chunk}, larger than itself: the "
                 "checkpoint is damaged; use another step"
             )
-    if size > SMALL and "://" not in os.fspath(step):
+    if size > SMALL and not is_remote(step):
         stored = sum(os.path.getsize(os.path.join(place, name)) for place, _, names in os.walk(step) for name in names)
         if size > RATIO * stored:
             raise UserError(

@@ -17,6 +17,7 @@ from etils import epath
 
 from flip_jax import config_check
 from flip_jax.config import Config
+from flip_jax.runtime import is_remote
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class TensorBoard:
         import tensorboardX
 
         folder = os.fspath(workdir)
-        if "://" in folder:
+        if is_remote(folder):
             # tensorboardX knows only gs and s3, needs a package for each, and sends the whole file at every flush.
             tensorboardX.record_writer.register_writer_factory(folder.split(":")[0], _EventObjects)
         self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
@@ -123,7 +124,7 @@ class WeightsAndBiases:
             project=config.log.wandb,
             id=identity.read_text(),
             name=workdir.name,
-            dir=None if "://" in os.fspath(workdir) else os.fspath(workdir),
+            dir=None if is_remote(workdir) else os.fspath(workdir),
             config=config_check.flatten(config),
             mode=os.environ.get("WANDB_MODE", "offline"),
             resume="allow",

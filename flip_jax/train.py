@@ -38,8 +38,12 @@ def train(config: Config, workdir: str | os.PathLike, started: float | None = No
     """
     started = time.perf_counter() if started is None else started
     workdir = epath.Path(workdir)
-    if config.profile and "://" in os.fspath(workdir):
+    if config.profile and runtime.is_remote(workdir):
         raise UserError(f"config.profile cannot write to {workdir}; profile a few steps with a --workdir on a disk")
+    if config.model.text.mask_counts:
+        from flip_jax.data import token_counts  # few runs need it
+
+        config = token_counts.identified(config)
     mesh = sharding.make_mesh(config.mesh)
     stages = plan(config)
     for stage in stages:
@@ -86,46 +90,37 @@ def _run(
     started: float,
 ) -> None:
     start = checkpoints.latest() or 0
-    source = checkpoints.directory / str(start) if start else None
-    if not start and config.init_from:
-        from flip_jax import saved_step
+    origin = None
+    if start or config.init_from:
+        from flip_jax import origins  # only runs that resume or start from weights need it
 
-        source = saved_step.newest(config.init_from)
-    recorded = saved = None
-    if source:
-        from flip_jax import saved_config, saved_step, weights  # only runs that resume or start from weights need them
-
-        # A text tower that starts from weights knows the ids of their tokenizer.
-        saved = saved_step.tokenizer(source) if start or not config.data.vocab else None
-        if config.finetune.classes or config.init_model:
-            config = weights.with_model_of(config, source)
-        if start:
-            saved_config.check(source, config)
-            recorded = saved_config.read(source)
-        else:
-            weights.check_start(config, source)
+        origin = origins.find(config, checkpoints)
+        config = origin.config
     elif config.init_model:
         raise UserError("config.init_model takes the architecture of config.init_from, which is empty: set it")
     remaining = [stage for stage in plan(config) if stage.last > start]
     if not remaining:
+        from flip_jax import saved_config
+
         longer = saved_config.longer(config)
         _log.info("%s: all %d steps of this run are done; to train longer, %s", workdir, start, longer)
         return
-    tokenizer = pipeline.make_tokenizer(config, saved)
+    tokenizer = pipeline.make_tokenizer(config, origin and origin.tokenizer)
     class_names: tuple[str, ...] = ()
     if config.finetune.classes:
         from flip_jax.data import classes
 
         class_names = classes.trained(config)
-        if start and source:
-            classes.check_unchanged(class_names, source)
+        if origin and start:
+            classes.check_unchanged(class_names, origin.step)
     batches = _batches(remaining[0], tokenizer)
     # All of them now: a stage that does not fit is refused before the run begins, and no step waits for the compiler.
+    recorded = origin and origin.recorded
     compiled = [_compile(stage, mesh, limit, recorded if stage.first < start else None) for stage in remaining]
     end = remaining[-1].last
     # Some processes may have found the program in their cache, and collectives of CPUs wait for 30 s at most.
     runtime.meet("compiled")
-    state = _initial_state(*compiled[0], checkpoints, start, source, batches)
+    state = origin.state(*compiled[0], checkpoints, batches) if origin else compiled[0][1].init()
     writer = metrics.Writer(workdir, start, config)
     progress = metrics.Progress(start, end)
     window: list[Report] = []  # the steps since the last log point
@@ -217,34 +212,6 @@ def _compile(stage: Stage, mesh: Mesh, limit: int | None, recorded: Config | Non
         f"{peak / 2**30:.2f} GiB{of} per device"
     )
     return dataclasses.replace(stage, config=config), program
-
-
-def _initial_state(
-    stage: Stage,
-    program: Program,
-    checkpoints: checkpoint.Checkpoints,
-    start: int,
-    source: epath.Path | None,
-    batches: Any,
-):
-    """Makes the first state, in this order: the newest checkpoint, else `init_from`'s weights, else random ones."""
-    if start:
-        if start == stage.first:
-            from flip_jax import stages
-
-            state = stages.restore(stage, program, source, checkpoints, batches)
-        else:
-            state = checkpoints.restore(program.state, batches)
-        _log.info("resumed at step %d (%d samples)", start, stage.samples_seen(start))
-        return state
-    state = program.init()
-    if source:
-        from flip_jax import weights
-
-        started = weights.read_params(source, program.state.params, stage.config.model)
-        state = state._replace(params=state.params | started)
-        _log.info("started from the weights in %s", source)
-    return state
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:

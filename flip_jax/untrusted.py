@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 
 MAX_SETTINGS = 2**26  # bytes of a file of settings, names or results
 MAX_LINE = 2**24  # characters
@@ -59,7 +59,7 @@ def check_folder(folder: str | os.PathLike) -> None:
     Raises:
       UserError: a file that is no regular one, or settings or names of more than `MAX_SETTINGS` bytes.
     """
-    if "://" not in os.fspath(folder):
+    if not is_remote(folder):
         for place, _, names in os.walk(os.fspath(folder)):
             item = os.path.relpath(place, folder).partition(os.sep)[0]
             for path in (os.path.join(place, name) for name in names):

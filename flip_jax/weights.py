@@ -28,6 +28,7 @@ OWN = (
     "model.image.mask_ratio",
     "model.text.mask",
     "model.text.mask_ratio",
+    "model.text.mask_counts",
     "model.init_logit_scale",
     "model.dtype",
     "model.remat",

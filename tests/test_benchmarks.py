@@ -10,7 +10,8 @@ import sys
 import pytest
 from helpers import REPO
 
-from benchmarks import cpu_products, input_pipeline, own_step, pages, scale, step_time, tradeoff, turns
+from benchmarks import ablations, cpu_products, input_pipeline, own_step, pages, scale, step_time, tradeoff, turns
+from flip_jax import train
 
 BASELINE = [(100.0, 10.0), (200.0, 20.0), (400.0, 30.0)]
 
@@ -60,6 +61,59 @@ def test_a_tuned_run_costs_its_masked_part_and_the_tuning():
     of_sample = {"mask 0": 8.0, "mask 0.75": 2.0}
     assert tradeoff.cost("mask 0.75", 100, of_sample) == 200
     assert tradeoff.cost("mask 0.75, tuned", 100, of_sample) == 200 + 8 * tradeoff.TUNING
+
+
+ROWS = {row.name: row for row in ablations.ROWS}
+WHOLE, SMALL = "model.image.mask_ratio=0", "model.image.image_size=32,model.image.mask_ratio=0"
+SECONDS = {"": 0.25, WHOLE: 1.0, SMALL: 0.5, "optim.ema=0.98": 0.3}
+
+
+def test_runs_have_as_many_steps_as_the_same_time_allows():
+    found = {name: ablations.steps(row, 75, SECONDS) for name, row in ROWS.items() if row.stages}
+    assert found == {"mask 0.75, then 0": [240, 15], "32 px, then 64 px, both without mask": [120, 15]}
+    assert ablations.steps(ablations.BASE, 75, SECONDS) == [300]
+    assert ablations.steps(ROWS["constant, cooldown over 20 %"], 75, SECONDS) == [300]  # a schedule costs nothing
+    assert ablations.steps(ROWS["constant without cooldown, EMA 0.98"], 75, SECONDS) == [250]
+    assert len(ROWS) == len(ablations.ROWS)
+
+
+def test_runs_at_equal_time_have_a_schedule_of_their_own_length(tmp_path):
+    emoji = ablations.data_set("")
+    staged = ablations.settings(ROWS["32 px, then 64 px, both without mask"], [120, 15], 1, emoji, tmp_path)
+    parts = [(one.last, one.config.model.image, one.config) for one in train.plan(staged)]
+    assert [(last, image.image_size, image.mask_ratio) for last, image, _ in parts] == [(120, 32, 0), (135, 64, 0)]
+    assert [one.warmup_samples for *_, one in parts] == [1536, 192]
+    assert [one.optim.base_learning_rate for *_, one in parts] == [2e-3, 5e-4] and staged.seed == 1
+    cooled = ablations.settings(ROWS["constant, cooldown over 20 %"], [300], 0, emoji, tmp_path)
+    assert (cooled.total_samples, cooled.optim.cooldown_samples, cooled.stages) == (38_400, 7_680, "")
+    counted = ablations.settings(ROWS["rare ones, counted in all captions"], [300], 2, emoji, tmp_path)
+    assert counted.model.text.mask_counts == str(tmp_path / "counts-emoji-2.json")
+    photos = ablations.settings(ablations.BASE, [300], 0, ablations.data_set(str(tmp_path)), tmp_path)
+    assert photos.data.train == f"webdataset:{tmp_path}/train-*.tar"
+    assert photos.eval.classnames == f"{tmp_path}/classes.json" and not photos.eval.tasks
+    for row in ablations.ROWS:  # all can be trained
+        ablations.settings(row, [100] * len(row.parts), 0, emoji, tmp_path)
+
+
+def test_the_gain_at_equal_time_is_seed_by_seed(tmp_path):
+    def line(row, seed, top1):
+        key = {"result": f"{row.group}: {row.name}", "data": "emoji", "seconds": 75, "seed": seed}
+        return key | {"top1": top1, "top5": 2 * top1}
+
+    times = {name: [seconds, seconds, 9.0] for name, seconds in SECONDS.items()}
+    staged = ROWS["mask 0.75, then 0"]
+    lines = [{"step_seconds": times, "data": "emoji", "device": "2 CPU cores"}]
+    lines += [line(ablations.BASE, seed, top1) for seed, top1 in enumerate((10.0, 14.0, 12.0))]
+    lines += [line(staged, 0, 11.0), line(staged, 2, 15.0)]
+    ablations.show(lines, tmp_path / "page.md", 75)
+    rows = [text.split(" | ")[2:] for text in (tmp_path / "page.md").read_text().splitlines() if " | " in text]
+    assert rows[1:] == [
+        ["250", "300", "12.00 ± 2.00", "24.00 ± 4.00", "", "3 |"],
+        ["250 / 1000", "240 / 15", "13.00 ± 2.83", "26.00 ± 5.66", "2.00 ± 1.41", "2 |"],
+    ]
+    left = ablations.missing(lines, 3, "emoji", 75)
+    assert len(left) == 3 * len(ROWS) - 5 and (staged, 1) in left and (staged, 0) not in left
+    assert [seed for _, seed in left] == sorted(seed for _, seed in left)
 
 
 def test_pages_keep_what_was_written_by_hand(tmp_path):

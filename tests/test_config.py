@@ -65,7 +65,7 @@ def test_the_command_line_of_a_recipe():
         ([], "--config=configs/NAME.py is missing"),
         (
             ["--config=configs/none.py"],
-            "there is no recipe 'configs/none.py'; the recipes are clip_b16",
+            "there is no recipe 'configs/none.py'; the recipes are cc12m_b16",
         ),
         ([L16, "--config.mask_ratio=0.5"], "config.mask_ratio is unknown; did you mean config.model.image.mask_ratio"),
         ([L16, "--config.data.train=a", "--config.data.train=b"], "--config.data.train is given 2 times.*in quotes"),

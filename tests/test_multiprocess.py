@@ -154,25 +154,27 @@ def test_ctrl_c_on_a_terminal_of_two_processes_saves_and_ends_both(shards, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, in_a_step, in_a_save", [(2, 0, 1), (4, 2, 0)])
-def test_one_is_killed_the_others_end_and_the_run_goes_on(start, shards, tmp_path, count, in_a_step, in_a_save):
+@pytest.mark.parametrize(
+    "count, in_a_step, in_a_save, stages", [(2, 0, 1, "384:;384:model.image.mask_ratio=0"), (4, 2, 0, "")]
+)
+def test_one_is_killed_the_others_end_and_the_run_goes_on(start, shards, tmp_path, count, in_a_step, in_a_save, stages):
     """SIGKILL to one process while all train, then to another while they save; the last run ends with the same bits."""
-    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
-    with start(undisturbed, count, 1, **evaluation(shards)) as group:
+    undisturbed, run, settings = tmp_path / "undisturbed", tmp_path / "run", evaluation(shards) | {"stages": stages}
+    with start(undisturbed, count, 1, **settings) as group:
         group.ends_well()
 
     def saving():
         return any("tmp" in path.name for path in (run / "checkpoints").glob("[12]*"))  # from step 10 on
 
     for victim, moment in ((in_a_step, lambda: "\nstep 7/" in group.outputs()[0]), (in_a_save, saving)):
-        with start(run, count, 1, **evaluation(shards)) as group:
+        with start(run, count, 1, **settings) as group:
             group.until(moment)
             group.processes[victim].kill()
             codes, outputs = group.codes(LOST), group.outputs()
         assert codes[victim] == -signal.SIGKILL and 0 not in codes
         said = "leader task was preempted" if victim == 0 else f"(stopped sending heartbeats):\n{victim}\n"
         assert all(said in outputs[i] for i in range(count) if i != victim)
-    with start(run, count, 1, **evaluation(shards)) as group:
+    with start(run, count, 1, **settings) as group:
         outputs = group.ends_well()
     assert all("resumed at step" in output for output in outputs)
     for one, other in zip(leaves(final_params(undisturbed)), leaves(final_params(run)), strict=True):

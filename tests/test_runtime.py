@@ -183,15 +183,10 @@ def test_results_are_exit_codes():
     "arguments, message",
     [
         ([], "error: --config=configs/NAME.py is missing. The recipes:"),
-        (["--workdir=a"], "error: --config=configs/NAME.py is missing"),
         (["--workdir=a", "--config=configs/flip_b16.py", "--config.seeed=1"], "did you mean config.seed?"),
-        (["--workdir={file}/a", "--config=configs/flip_b16.py:runlocal"], "--workdir"),
     ],
 )
-def test_the_trainer_refuses_without_a_trace(arguments, message, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    arguments = [argument.replace("{file}", str(file)) for argument in arguments]
+def test_the_trainer_refuses_without_a_trace(arguments, message):
     done = subprocess.run(
         [sys.executable, "main.py", *arguments],
         cwd=REPO,

@@ -7,11 +7,10 @@ import shutil
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 import staged_worker
-from helpers import BOUNDARIES, CACHE, CONFIG, STAGES, STEPS, final_params, leaves, metrics, model_with
+from helpers import BOUNDARIES, CONFIG, STAGES, STEPS, final_params, leaves, metrics, model_with
 
 from flip_jax import config_check, train
 from flip_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig
@@ -19,24 +18,12 @@ from flip_jax.runtime import UserError
 from flip_jax.tools import card, report
 
 
-@pytest.fixture(scope="module")
-def compiled_once():
-    """The runs of these tests share few programs: what one compiles, the others load."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (CACHE.name, 0.2), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
-def tiny(shards, text, fsdp=2, **changes) -> Config:
+def tiny(shards, text, fsdp=2, workers=0, **changes) -> Config:
     """Settings of a run with learned positions that saves, and so logs, every step."""
     config = dataclasses.replace(
         CONFIG,
         stages=text,
-        data=DataConfig(train=f"webdataset:{shards}/*.tar", shuffle_window=50, workers=0, threads=1),
+        data=DataConfig(train=f"webdataset:{shards}/*.tar", shuffle_window=50, workers=workers, threads=1),
         model=model_with(image_positions="learned", image_depth=1, text_depth=1, text_vocab_size=100, unroll=True),
         mesh=MeshConfig(fsdp=fsdp),
         checkpoint=CheckpointConfig(every_steps=1, keep=99),
@@ -56,7 +43,7 @@ def same(one, other, step):
 
 
 @pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory, compiled_once):
+def whole(shards, tmp_path_factory):
     """A run of three stages that nothing disturbed, with all its steps."""
     workdir = tmp_path_factory.mktemp("whole")
     run(shards, workdir)
@@ -113,6 +100,15 @@ def test_resumed_anywhere_it_ends_with_the_same_bits(whole, shards, tmp_path, ca
 
 
 @pytest.mark.slow
+def test_worker_processes_read_the_same_across_boundaries(whole, shards, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for step in range(BOUNDARIES[0], STEPS + 1):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    run(shards, tmp_path / "run", workers=2)
+    same(whole, tmp_path / "run", STEPS)
+
+
+@pytest.mark.slow
 def test_later_stages_change_after_a_boundary(whole, shards, tmp_path, capsys):
     """A run that is at the end of its first stage gets another second one, and ends as if it had always had it."""
     other = STAGES.partition(";")[0] + ";32:optim.state=fresh,warmup_samples=0"
@@ -126,7 +122,7 @@ def test_later_stages_change_after_a_boundary(whole, shards, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_stage_is_one_without_stages(shards, tmp_path, compiled_once):
+def test_a_run_of_one_stage_is_one_without_stages(shards, tmp_path):
     run(shards, tmp_path / "plain", "", total_samples=64)
     run(shards, tmp_path / "staged", "64", total_samples=64)
     same(tmp_path / "plain", tmp_path / "staged", 4)
@@ -147,7 +143,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(shards, tmp_
     processes.set_forkserver_preload(["staged_worker"])
 
     def start(workdir):
-        process = processes.Process(target=staged_worker.run, args=(config, str(workdir), devices, CACHE.name))
+        process = processes.Process(target=staged_worker.run, args=(config, str(workdir), devices))
         process.start()
         return process
 

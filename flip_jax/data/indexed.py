@@ -158,7 +158,7 @@ class Karpathy(Files):
         try:
             parsed = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not JSON: {error}") from error
+            raise UserError(f"{file} is not JSON: {error}") from None
         images = parsed.get("images") if isinstance(parsed, dict) else None
         rows = [_karpathy_row(image) for image in images] if isinstance(images, list) else [None]
         if None in rows:

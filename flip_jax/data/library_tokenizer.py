@@ -67,7 +67,7 @@ def read(content: Mapping[str, Any], text: TextConfig, source: str, named: Mappi
     try:
         tokenizer = LibraryTokenizer(_with_ends(content, named))
     except Exception as error:  # the library raises plain exceptions
-        raise UserError(f"{source} is no tokenizer.json of the tokenizers library: {error}") from error
+        raise UserError(f"{source} is no tokenizer.json of the tokenizers library: {error}") from None
     if not 0 < tokenizer.vocab_size <= MAX_ID:
         raise UserError(f"{source} has ids up to {tokenizer.vocab_size - 1:,}; at most {MAX_ID:,} are read")
     pad, end = _pad(tokenizer.library, content, named), tokenizer.end()

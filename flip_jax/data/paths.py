@@ -17,7 +17,7 @@ import fsspec
 
 from flip_jax.config import DataConfig
 from flip_jax.data.records import MAX_IMAGE
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +37,6 @@ _REMEDIES = {  # what a store's client says, and what helps; the first that matc
     "hf://: hf auth login)",
     r"[Cc]onnect|[Rr]esolve|[Tt]imeout|[Tt]imed out|DNS|unreachable": "check the address and this machine's network",
 }
-
-
-def is_remote(path: str) -> bool:
-    """Tells whether fsspec reads it (gs://, s3://, http://, ...)."""
-    return "://" in path
 
 
 def open_file(path: str, block: int = BLOCK, timeout: float | None = None) -> BinaryIO:

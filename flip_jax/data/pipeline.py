@@ -97,7 +97,7 @@ def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer 
     None if a classifier is trained, which reads no text.
 
     Raises:
-      UserError: the tokenizer has more entries than `config.model.text.vocab_size`.
+      UserError: the tokenizer has more entries than `config.model.text.vocab_size`, or `mask_counts` is of another one.
     """
     if config.finetune.classes:
         return None
@@ -112,6 +112,10 @@ def make_tokenizer(config: Config, saved: Tokenizer | None = None) -> Tokenizer 
             f"config.model.text.vocab_size {size} is less than the tokenizer's {tokenizer.vocab_size} entries "
             f"({config.data.vocab}); raise it to at least {tokenizer.vocab_size}"
         )
+    if config.model.text.mask_counts:
+        from flip_jax.data import token_counts  # few runs need it
+
+        token_counts.check(config.model.text, tokenizer)
     return tokenizer
 
 

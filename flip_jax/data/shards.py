@@ -17,7 +17,7 @@ from flip_jax.config import DataConfig
 from flip_jax.data import fingerprint, paths, sources
 from flip_jax.data.content import example, example_key, json_object, sample
 from flip_jax.data.records import END, IMAGES, MAX_IMAGE, MAX_TEXT, Pick, Record
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 
 _log = logging.getLogger(__name__)
 
@@ -130,15 +130,15 @@ class WebDataset(Shards):
 
     def _adjacent(self, name):
         """Reads the lines of a file in the shards' folder or the one above; None if neither has it."""
-        path = self.paths[0] if paths.is_remote(self.paths[0]) else os.path.abspath(self.paths[0])
+        path = self.paths[0] if is_remote(self.paths[0]) else os.path.abspath(self.paths[0])
         for folder in (path.rpartition("/")[0], path.rsplit("/", 2)[0]):
             try:
                 with paths.open_file(f"{folder}/{name}") as file:
                     return [line.strip() for line in file.read(MAX_TEXT).decode().strip().split("\n")]
             except FileNotFoundError:
                 pass
-            except UnicodeDecodeError as error:
-                raise UserError(f"{folder}/{name} is not UTF-8; save it as UTF-8") from error
+            except UnicodeDecodeError:
+                raise UserError(f"{folder}/{name} is not UTF-8; save it as UTF-8") from None
         return None
 
     def _samples(self, file, offset, path):

@@ -55,7 +55,7 @@ def read(path: str | os.PathLike, text: TextConfig | None = None) -> Tokenizer:
         raise UserError(
             f"config.data.vocab {str(path)!r}: {error}. It names a WordPiece vocabulary with one token per line, "
             "CLIP's bpe_simple_vocab_16e6.txt.gz or a tokenizer.json; if empty, one is trained on the captions"
-        ) from error
+        ) from None
 
 
 def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -79,6 +79,9 @@ def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 def caption_sample(config: Config, limit: int = 100_000) -> list[str]:
     """Reads at most `limit` captions of the training data to learn a vocabulary from, the same in every process."""
     mixture, captions = pipeline.open_mixture(config), []
+    # Said once the data are open, because a path that is mistyped is refused before.
+    size = config.model.text.vocab_size
+    _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
     for _, source in mixture:
         schedule = sources.Schedule(len(source), config.seed)
         records = sources.in_order(source, (schedule[i][0] for i in range(len(source))))
@@ -91,6 +94,4 @@ def make(config: Config) -> Tokenizer:
     """Reads the tokenizer of `config.data.vocab`, or learns one from the captions where that is empty."""
     if config.data.vocab:
         return read(config.data.vocab, config.model.text)
-    size = config.model.text.vocab_size
-    _log.info("config.data.vocab is empty: training a WordPiece of at most %d entries on the captions", size)
-    return train(caption_sample(config), size)
+    return train(caption_sample(config), config.model.text.vocab_size)

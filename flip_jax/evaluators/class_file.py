@@ -33,19 +33,19 @@ def read(file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         content = untrusted.read_file(path)
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}") from error
+        raise refuse(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise refuse(
             f"cannot be read: line {line} is not UTF-8 (Latin-1 or UTF-16?); save it as UTF-8, for instance with "
             "`iconv -f latin1 -t utf-8`"
-        ) from error
+        ) from None
     if text.lstrip()[:1] not in ("[", "{"):
         return _lines(text, refuse), ()
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise refuse(f"cannot be read: it begins like JSON, but {error}") from error
+        raise refuse(f"cannot be read: it begins like JSON, but {error}") from None
     own, names = _entries(parsed, refuse)
     if not names or not all(isinstance(name, str) and name.strip() for name in (*names, *own)):
         raise refuse("has entries that are not strings, or no names")

@@ -107,7 +107,7 @@ def _find_known(name: str, source: str, train: str, config: Config) -> Dataset:
     except UserError as error:
         if source or row.test.startswith("tfds:"):
             raise
-        raise UserError(f"{error}. {known.instruction(name, row, folder)}") from error
+        raise UserError(f"{error}. {known.instruction(name, row, folder)}") from None
     names, labels = recorded_classes(row.classes or name)
     recorded = recorded_templates().get(row.templates or name)
     return Dataset(

@@ -43,9 +43,10 @@ def find(path: str | os.PathLike) -> epath.Path:
             timm.config(folder)  # refuses what is none
             return epath.Path(folder)
     if not _is_one(folder):
+        missing = "" if "://" in text or folder.exists() else " (there is no such file or folder)"
         raise UserError(
-            f"{text} holds no checkpoint: expected a workdir with checkpoints/STEP, such a STEP folder, a folder with "
-            f"{CONFIG} and {tensors.WEIGHTS}, hf://ORG/NAME, or, to start a run, a safetensors file of timm"
+            f"{text} holds no checkpoint{missing}: expected a workdir with checkpoints/STEP, such a STEP folder, a "
+            f"folder with {CONFIG} and {tensors.WEIGHTS}, hf://ORG/NAME, or, to start a run, a safetensors file of timm"
         )
     _kind(folder)
     return epath.Path(folder)
@@ -62,8 +63,11 @@ def _kind(folder: pathlib.Path) -> tuple[str, Mapping[str, Any]]:
         content = tensors.read_object(folder / CONFIG, "a model's settings")
         if content.get("model_type") == portable.KIND:
             return portable.KIND, content
-    if (folder / open_clip.SETTINGS).is_file() and (folder / open_clip.WEIGHTS).is_file():
-        return "open_clip", content
+    if (folder / open_clip.SETTINGS).is_file():
+        if (folder / open_clip.WEIGHTS).is_file():
+            return "open_clip", content
+        if not content:
+            raise UserError(f"{folder} has no {open_clip.WEIGHTS}. {open_clip.SAVE}")
     return "transformers", content
 
 

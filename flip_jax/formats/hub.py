@@ -83,7 +83,7 @@ def _download(path: str, repository: str, revision: str | None, names: list[str]
             repository, revision=revision, allow_patterns=names, endpoint=endpoint()
         )
     except Exception as error:  # the client raises its own errors and those of its HTTP library
-        raise UserError(f"{path}: {_reason(error, repository, revision)}") from error
+        raise UserError(f"{path}: {_reason(error, repository, revision)}") from None
     return pathlib.Path(folder)
 
 

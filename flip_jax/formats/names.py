@@ -15,6 +15,7 @@ from flip_jax.config import ModelConfig
 from flip_jax.models.flip import FLIP, MAX_SCALE
 from flip_jax.runtime import UserError
 
+LARGEST = 2**31  # of the integers in a stranger's settings; far larger ones fit into no float
 Rename = Callable[[Mapping[str, Any]], dict[str, jax.Array]]  # linear: it only moves numbers
 
 
@@ -24,7 +25,7 @@ def checked(source: str, **settings: Any) -> ModelConfig:
     try:
         config_check.from_config_dict({"model": dataclasses.asdict(model)})
     except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from None
     return model
 
 

@@ -174,8 +174,8 @@ def export_model(folder: pathlib.Path, model: ModelConfig, params: Params, token
     """
     try:
         image, text = _Graph(), _Graph()
-    except ImportError as error:
-        raise UserError('--format=onnx needs the package onnx: pip install -e ".[onnx]"') from error
+    except ImportError:
+        raise UserError('--format=onnx needs the package onnx: pip install -e ".[onnx]"') from None
     params = _arrays(params)
     size, length = model.image.image_size, model.text.context_length
     image.save(folder / IMAGE, ("image", np.uint8, [size, size, 3]), _image(image, model, params), model.embed_dim)

@@ -62,7 +62,8 @@ _IDLE = (
 ).split()
 _TRANSLATED = (
     "layers width head_width heads patch_size image_size patch_dropout no_ln_pre pos_embed_type pool_type act_kwargs "
-    "norm_kwargs context_length vocab_size no_causal_mask embed_dim vision_cfg text_cfg quick_gelu init_logit_bias"
+    "norm_kwargs mlp_ratio context_length vocab_size no_causal_mask embed_dim vision_cfg text_cfg quick_gelu "
+    "init_logit_bias"
 ).split()
 _PREPROCESSING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
 # They may be lists, or need their own message.
@@ -100,6 +101,12 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
             refuse(key, value, "one integer (square images, a vision transformer)")
     if vision["head_width"] < 1:
         refuse("vision_cfg.head_width", vision["head_width"], "a positive integer")
+    hidden = []
+    for tower in (vision, text):
+        units = tower["width"] * tower["mlp_ratio"]
+        if not 1 <= units <= names.LARGEST:  # nor is it no number
+            refuse("mlp_ratio", tower["mlp_ratio"], "one that gives the MLPs a unit or more")
+        hidden.append(0 if int(units) == 4 * tower["width"] else int(units))  # rounded as open_clip does
     causal = not text["no_causal_mask"]
     pool = {theirs: ours for ours, theirs in _POOLS.items()}.get(vision["pool_type"])
     positions = {theirs: ours for ours, theirs in _POSITIONS.items()}.get(vision["pos_embed_type"])
@@ -130,6 +137,7 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
             width=vision["width"],
             depth=vision["layers"],
             heads=vision["width"] // vision["head_width"],
+            mlp_width=hidden[0],
             mask_ratio=float(vision["patch_dropout"]),
             pool=pool,
             patch_bias=False,
@@ -143,6 +151,7 @@ def model_settings(content: Mapping[str, Any], source: str) -> ModelConfig:
             width=text["width"],
             depth=text["layers"],
             heads=text["heads"],
+            mlp_width=hidden[1],
             pool=text_pool,
             causal=causal,
         ),
@@ -164,6 +173,8 @@ def _filled(content: Any, known: Mapping[str, Any], where: str) -> dict[str, Any
         if key not in known:
             raise UserError(f"{where}: {key} = {value!r} cannot be expressed here; it is unknown")
         default = known[key]
+        if isinstance(value, int) and abs(value) > names.LARGEST:
+            raise UserError(f"{where}: {key} = {value} cannot be expressed here; only numbers up to 2**31 can")
         if key not in _TRANSLATED and value not in (default, {}, "default"):
             raise UserError(f"{where}: {key} = {value!r} cannot be expressed here; only {default!r} can")
         kind = float | int if isinstance(default, float) else type(default)
@@ -197,6 +208,13 @@ def open_clip_settings(model: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[s
         raise UserError("config.model.text.pool 'mean': open_clip's text tower pools one token, never the mean")
     if text.mask_padding:
         raise UserError("config.model.text.mask_padding: open_clip's CLIP has no padding mask in its text tower")
+    siglips = {"image.pool": (image.pool, "map"), "text.pool": (text.pool, "final")}
+    siglips |= {"projection": (model.projection, "text")}
+    if parts := [f"config.model.{key} {value!r}" for key, (value, theirs) in siglips.items() if value == theirs]:
+        raise UserError(
+            f"{', '.join(parts)}: open_clip's own towers have none of SigLIP's parts, which it takes from timm; use "
+            "--format=transformers"
+        )
     byte_pairs = isinstance(tokenizer, ClipTokenizer)
     if text.pool == "last" and not byte_pairs:
         raise UserError(
@@ -221,6 +239,9 @@ def open_clip_settings(model: ModelConfig, tokenizer: Tokenizer) -> tuple[dict[s
         "no_ln_pre": not image.pre_norm,
         "pos_embed_type": "learnable" if image.patch_bias else _POSITIONS[image.positions],
     }
+    for tower, cfg in ((image, vision_cfg), (text, text_cfg)):
+        if tower.mlp_width:  # open_clip rounds width x ratio down
+            cfg["mlp_ratio"] = round((tower.mlp_width + 0.5) / tower.width, 6)
     if image.pool == "mean":
         vision_cfg |= {"attentional_pool": True, "attn_pooler_queries": 1, "attn_pooler_heads": 1}
         notes.append(

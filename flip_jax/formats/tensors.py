@@ -40,7 +40,7 @@ class Tensors:
                 raise UserError(
                     f"{path}: {error}; it must be a whole safetensors file: if it was downloaded, delete it, and "
                     "download it again"
-                ) from error
+                ) from None
             for name in names:
                 if name in self._files:
                     raise UserError(f"{path} and {self._files[name][0].name} both hold {name}: one of them is wrong")
@@ -59,7 +59,7 @@ class Tensors:
         try:
             array = file.get_slice(name)[index] if index else file.get_tensor(name)
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: {name} cannot be read: {error}") from error
+            raise UserError(f"{path}: {name} cannot be read: {error}") from None
         array = np.asarray(array).astype(np.float32)
         if not np.isfinite(array).all():
             raise UserError(f"{path} holds values that are not finite: {name}")
@@ -141,9 +141,9 @@ def read_object(path: pathlib.Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(untrusted.read_file(path))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}; it must be {what}, JSON") from error
+        raise UserError(f"{path}: {error}; it must be {what}, JSON") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a group of settings, got {type(content).__name__}; it must be {what}")
     return content

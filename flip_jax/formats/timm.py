@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -39,7 +40,10 @@ def _read(file: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
 
     def take(name: str) -> np.ndarray:
         if name not in names:
-            raise UserError(f"{file} has no {name}: it must be a ViT of timm's, vit_base_patch16_224 or such")
+            raise UserError(
+                f"{file} has no {name}: it must be a ViT of timm's, vit_base_patch16_224 or such; of any other model "
+                "give the folder"
+            )
         return opened.read(names.pop(name))
 
     kernel = take("patch_embed.proj.weight")
@@ -100,6 +104,11 @@ def config(file: pathlib.Path) -> Config:
         mlp_width=0 if hidden == 4 * width else hidden,
     )
     return Config(model=ModelConfig(image=image, activation="gelu"), finetune=FinetuneConfig(classes=1))
+
+
+def alone(path: str | os.PathLike) -> UserError:
+    """Makes the error of a program that needs more than an image tower."""
+    return UserError(f"{os.fspath(path)} is an image tower alone: start a run with it, --config.init_from=FILE")
 
 
 def params(file: pathlib.Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ RELATIVES = {
     **dict.fromkeys(("align", "altclip", "chinese_clip", "clipseg", "metaclip_2", "xclip", "blip"), "clip"),
     "vit": "timm's ViT, as config.init_from=FILE.safetensors",
     "dinov2": "timm's ViT, as config.init_from=FILE.safetensors",
+    "flip_jax_onnx": "the model that these files were exported from",
 }
 LARGEST = 2  # an eos_token_id of configurations that means the largest id of a row instead
 
@@ -54,11 +55,12 @@ def model_settings(content: Mapping[str, Any], folder: pathlib.Path) -> ModelCon
       UserError: our settings cannot express the model; the message names the setting, or the nearest known model.
     """
     source = str(folder / "config.json")
-    kind = content.get("model_type")
+    given = content.get("model_type")
+    kind = "vit" if given is None and "architecture" in content else str(given)  # that is how timm names a model
     if kind not in DEFAULTS:
-        near = RELATIVES.get(kind) or next(iter(difflib.get_close_matches(str(kind), DEFAULTS, n=1)), "clip")
+        near = RELATIVES.get(kind) or next(iter(difflib.get_close_matches(kind, DEFAULTS, n=1)), "clip")
         raise UserError(
-            f"{source}: models of model_type {kind!r} are unknown here; the nearest that is read is {near}. Read are "
+            f"{source}: models of model_type {given!r} are unknown here; the nearest that is read is {near}. Read are "
             "transformers' clip and siglip, open_clip's (open_clip_config.json) and folders of flip convert export"
         )
 
@@ -78,6 +80,8 @@ def model_settings(content: Mapping[str, Any], folder: pathlib.Path) -> ModelCon
                 not isinstance(tower[name], kinds) or isinstance(tower[name], bool) != (default is True)
             ):
                 refuse(f"{key}.{name}", tower[name], f"a value like {default!r}")
+            if isinstance(tower[name], int) and abs(tower[name]) > names.LARGEST:
+                refuse(f"{key}.{name}", tower[name], "numbers up to 2**31")
         if tower["hidden_act"] not in ACTIVATIONS:
             refuse(f"{key}.hidden_act", tower["hidden_act"], ", ".join(ACTIVATIONS))
         tower["hidden_act"] = ACTIVATIONS[tower["hidden_act"]]

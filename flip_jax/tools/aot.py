@@ -82,7 +82,7 @@ def devices(topology: str) -> list[jax.Device]:
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=found[4], **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise UserError(f"--topology={topology} is refused by libtpu: {error}") from error
+        raise UserError(f"--topology={topology} is refused by libtpu: {error}") from None
     return list(description.devices)
 
 

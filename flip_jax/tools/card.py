@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from flip_jax import config_check, metrics_file, models, saved_config, saved_step, stages, untrusted
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 from flip_jax.tools import options
 from flip_jax.untrusted import code
 from flip_jax.untrusted import markdown as escaped
@@ -116,7 +116,7 @@ def _samples_seen(step: epath.Path) -> int:
 
 def _earlier(path):
     """Return an earlier card; UserError if it is none."""
-    content = path.read_text() if "://" in os.fspath(path) else untrusted.read_file(path)
+    content = path.read_text() if is_remote(path) else untrusted.read_file(path)
     try:
         card = json.loads(content)
     except (ValueError, RecursionError):
@@ -135,7 +135,7 @@ def add_evaluation(card: Card, path: str) -> None:
     try:
         content = untrusted.read_file(path)
     except OSError as error:
-        raise UserError(f"--evaluation {path!r} cannot be read: {error.strerror}") from error
+        raise UserError(f"--evaluation {path!r} cannot be read: {error.strerror}") from None
     try:
         report = json.loads(content.decode())
     except (ValueError, RecursionError):  # neither UTF-8 nor JSON
@@ -162,7 +162,7 @@ def write(folder: str | os.PathLike, card: Card, name: str = "") -> None:
         (folder / JSON).write_text(json.dumps(card, indent=1) + "\n")
         (folder / MARKDOWN).write_text(markdown(card, name or os.path.basename(os.path.abspath(folder))))
     except OSError as error:
-        raise UserError(f"{folder}: the model card cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder}: the model card cannot be written: {error.strerror or error}") from None
 
 
 def markdown(card: Card, name: str) -> str:

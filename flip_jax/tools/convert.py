@@ -12,6 +12,7 @@ model.safetensors, config.json, tokenizer.json and a card, for flip_jax.load, --
 import argparse
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -26,7 +27,7 @@ from flip_jax import config_check, lock, models, runtime, saved_config, saved_st
 from flip_jax.config import Config, DataConfig
 from flip_jax.data import vocabulary
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.formats import open_clip, portable, transformers_models
+from flip_jax.formats import open_clip, portable, timm, transformers_models
 from flip_jax.runtime import UserError
 from flip_jax.tools import card
 from flip_jax.tools.compat import official
@@ -49,6 +50,8 @@ class Model(NamedTuple):
 def read(path: str, vocab: str = "") -> Model:
     """Read a run's newest step, one step, or any model that `flip_jax.load` reads; `vocab` replaces its tokenizer."""
     step = saved_step.newest(path)
+    if step.is_file():
+        raise timm.alone(path)
     config = saved_config.read(step)
     if vocab:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab=vocab))
@@ -156,15 +159,18 @@ def new_folder(out: str) -> Iterator[pathlib.Path]:
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"OUT {out!r} already exists; use another folder")
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed; the lock keeps others out
+    clean = functools.partial(shutil.rmtree, partial, ignore_errors=True)
+    clean()  # of a command that was killed; the lock keeps others out
+    runtime.at_end.insert(0, clean)  # Ctrl-C does not come back here; before the lock is released
     try:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(final)
     except OSError as error:
-        raise UserError(f"OUT {out!r} cannot be written ({error.strerror or error}): use another folder") from error
+        raise UserError(f"OUT {out!r} cannot be written ({error.strerror or error}): use another folder") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        runtime.at_end.remove(clean)
+        clean()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -237,7 +237,7 @@ class Demo:
             return transforms.decode(content, self._encoder.config.model.image.image_size, data)
         except transforms.BadImage as error:
             allowed = f"{', '.join(transforms.FORMATS)} of at most {data.max_image_pixels:,} pixels"
-            raise UserError(f"This image cannot be used ({error}): it must be {allowed}.") from error
+            raise UserError(f"This image cannot be used ({error}): it must be {allowed}.") from None
 
 
 def _check_length(*texts):
@@ -270,7 +270,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"cannot listen on --host={host} --port={port} ({error.strerror}): use another port, or 0 for any free one"
-        ) from error
+        ) from None
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def make_app(demo: Demo, hosts: tuple[str, ...] = ()) -> web.Application:
         try:
             ratio, seed = float(ratio_text), int(seed_text) % 2**31
         except ValueError as error:
-            raise UserError(f"The ratio and the seed of a mask must be numbers: {str(error)[:100]}.") from error
+            raise UserError(f"The ratio and the seed of a mask must be numbers: {str(error)[:100]}.") from None
         return await ask(demo.mask, _image(demo, form), _text(form, "strategy", about["mask"]), ratio, seed)
 
     async def search(request: web.Request) -> web.Response:
@@ -190,8 +190,8 @@ async def _form(request):
                         raise web.HTTPRequestEntityTooLarge(MAX_UPLOAD, size)
                 form[part.name] = bytes(content) if part.filename is not None else content.decode()
             return form
-    except UnicodeDecodeError as error:
-        raise UserError("The text of a form must be UTF-8.") from error
+    except UnicodeDecodeError:
+        raise UserError("The text of a form must be UTF-8.") from None
     except (ValueError, HttpProcessingError) as error:  # as aiohttp says that a form is damaged
         if isinstance(error, UserError):
             raise

@@ -22,7 +22,7 @@ import numpy as np
 
 from flip_jax import inference, lock, runtime, saved_config, saved_step
 from flip_jax.config import DataConfig
-from flip_jax.data import sources
+from flip_jax.data import paths, sources
 from flip_jax.data.records import CHUNK, END, Pick, Record
 from flip_jax.runtime import UserError
 from flip_jax.tools import index as index_lib
@@ -31,7 +31,7 @@ from flip_jax.tools.embed_parts import Parts
 from flip_jax.tools.source_units import SourceUnits
 from flip_jax.tools.unit_workers import ENDS, Watch, gpus
 
-EXAMPLE = "flip embed --model=runs/b16 --source='webdataset:/data/pairs/{00000..00127}.tar' --out=index"
+EXAMPLE = "flip embed 'webdataset:/data/pairs/{00000..00127}.tar' index --model=runs/b16"
 
 
 class Lines:
@@ -232,7 +232,8 @@ def write_index(
         found: dict[str, Any] = {}
         if workers.run([IDENTITY], lambda _, identity: found.update(identity), quiet=True):
             raise UserError(f"--model {model!r} ends every worker that loads it: it may not fit into memory")
-        embedding = Embedding(out, cut, data, settings | found, os.path.abspath(model))
+        place = model if paths.is_remote(model) else os.path.abspath(model)
+        embedding = Embedding(out, cut, data, settings | found, place)
         embedding.run(workers)
     return embedding.index
 
@@ -240,9 +241,8 @@ def write_index(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flip embed`."""
     options.add_model(parser)
-    parser.add_argument("--source", required=True, help="data set, KIND:REST, or with --texts a text file")
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="folder for the embeddings")
-    parser.add_argument("--texts", action="store_true", help="embed captions, or the lines of a text file")
+    options.add_source(parser, out=True)
+    parser.add_argument("--texts", action="store_true", help="embed the captions of SOURCE, or a text file's lines")
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of the embeddings (default: float32)"
     )
@@ -258,24 +258,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `flip embed`."""
+    options.require(arguments, "source", "out")
+    out = pathlib.Path(arguments.out)
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
     try:
         data = saved_config.read(saved_step.newest(arguments.model)).data
     except (OSError, ImportError) as error:  # the system refuses, or the client of an object store is missing
         raise UserError(
             f"--model {arguments.model!r} cannot be read: {error}; check the path and its credentials"
-        ) from error
+        ) from None
     if arguments.tfds_dir:
         data = dataclasses.replace(data, tfds_dir=arguments.tfds_dir)
     source = open_source(arguments.source, data, arguments.texts)
     workers = arguments.workers or (0 if arguments.ray else max(1, len(gpus())))
-    with lock.hold(arguments.out / lock.NAME, f"--out {str(arguments.out)!r}"):
+    with lock.hold(out / lock.NAME, f"--out {str(out)!r}"):
         index = write_index(
             None,
             arguments.model,
             source,
             data,
-            arguments.out,
+            out,
             name=arguments.source,
             texts=arguments.texts,
             dtype=arguments.dtype,
@@ -284,6 +286,6 @@ def main(arguments: argparse.Namespace) -> None:
             crew=units.Size(workers, arguments.ray, max(1, units.cores() // max(1, workers))),
         )
     counts = f"{index['rows']} {index['embedded']} of {index['read']} records in {len(index['parts'])} parts"
-    print(f"{arguments.out}: {counts}")
+    print(f"{out}: {counts}")
     for kind, count in index["bad"].items():
-        print(f"  bad: {count} {kind} (listed in {arguments.out / index_lib.BAD})")
+        print(f"  bad: {count} {kind} (listed in {out / index_lib.BAD})")

@@ -140,7 +140,7 @@ def _say(line, file=None):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     # --model is not required, because --list needs none.
-    parser.add_argument("--model", metavar="DIR", help="folder of a run, or of one of its steps")
+    parser.add_argument("--model", metavar="DIR", help=options.MODEL)
     parser.add_argument("--tasks", default="", help="EVALUATOR/DATASET,EVALUATOR/DATASET (default: the run's own)")
     parser.add_argument("--list", action="store_true", help="only print the data sets that tasks may name")
     parser.add_argument("--chart", metavar="FILE", help="draw the headlines to this PNG file")
@@ -159,7 +159,7 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     logging.getLogger().setLevel(logging.WARNING)
     if not arguments.model:
-        raise UserError("--model is missing: it names the folder of a run, or of one of its steps")
+        raise UserError(f"--model is missing: {options.MODEL}")
     for path in filter(None, (arguments.json, arguments.chart)):
         if not pathlib.Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: its folder does not exist")
@@ -187,8 +187,9 @@ def main(arguments: argparse.Namespace) -> int:
 def _report(arguments, config, results, images, errors):
     if results:
         print(f"\n{table(results, images)}\n")
+    hub = arguments.model.startswith("hf://")
     report = {
-        "model": str(saved_step.newest(arguments.model)),
+        "model": arguments.model if hub else str(saved_step.newest(arguments.model)),  # not its place in a cache
         "results": results,
         "means": evaluators.means(results),
         "images": images,
@@ -201,6 +202,6 @@ def _report(arguments, config, results, images, errors):
         try:
             draw(results, pathlib.Path(arguments.chart))
         except (OSError, ValueError) as reason:  # a folder that cannot be written, an extension matplotlib cannot draw
-            raise UserError(f"--chart {arguments.chart!r} cannot be written ({reason}): use another path") from reason
+            raise UserError(f"--chart {arguments.chart!r} cannot be written ({reason}): use another path") from None
     for task, error in errors.items():
         print(f"error: {error if error.startswith(task) else f'{task}: {error}'}", file=sys.stderr)

@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="drop captions that are only addresses, a file's name, or without letters",
     )
     group.add_argument("--min_score", type=float, metavar="X", help="least cosine of an image and a caption by --model")
-    group.add_argument("--model", metavar="DIR", help="folder of a run, or of one of its steps, with --min_score")
+    group.add_argument("--model", metavar="DIR", help=f"with --min_score: {options.MODEL}")
     group.add_argument("--dedup", action="store_true", help="keep the first of images with the same bytes")
 
 

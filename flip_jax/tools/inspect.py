@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from flip_jax import runtime
 from flip_jax.config import DataConfig
-from flip_jax.data import records, sources, transforms
+from flip_jax.data import records, sources, token_counts, transforms
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.runtime import UserError
 from flip_jax.tools import options, units
 from flip_jax.tools.removed import priority
 from flip_jax.tools.source_units import SourceUnits
@@ -55,6 +57,7 @@ class Summary:
         self.origins: Counter[Any] = Counter()  # images by the column, key or file that their captions come from
         self.origin_examples: dict[Any, list[Any]] = {}  # the first of each: unit, number, caption
         self.ignored: Counter[str] = Counter()
+        self.tokens: Counter[int] = Counter()  # by id, where there is a tokenizer
         self.notes: list[str] = []
         self.formats: Counter[str] = Counter()
         names = ("width (pixels)", "height (pixels)", "bytes", "caption length")
@@ -66,8 +69,8 @@ class Summary:
         """The number of records that training can use."""
         return self.read - self.bad.total()
 
-    def add(self, unit: int, number: int, place: Any, bad: str, image: Any) -> None:
-        """Count a record, whose opened image is given unless `bad` names what is wrong."""
+    def add(self, unit: int, number: int, place: Any, bad: str, image: Any, tokens: list[int]) -> None:
+        """Count a record, whose opened image and tokens are given unless `bad` names what is wrong."""
         self.read += 1
         record = place.record
         if bad:
@@ -79,6 +82,7 @@ class Summary:
         for counter, value in zip(self.counts.values(), (*image.size, len(record["image"])), strict=False):
             counter[value] += 1
         self.counts["caption length"].update(map(len, record["texts"]))
+        self.tokens.update(tokens)
         if record["texts"]:
             origin = record.get("caption", -1)
             self.origins[origin] += 1
@@ -92,7 +96,7 @@ class Summary:
     def merge(self, other: dict[str, Any]) -> None:
         """Add the counts of a unit, as `plain` gives them."""
         self.read, self.labelled = self.read + other["read"], self.labelled + other["labelled"]
-        for name in ("bad", "origins", "ignored", "formats"):
+        for name in ("bad", "origins", "ignored", "formats", "tokens"):
             getattr(self, name).update(other[name])
         for name, counts in other["counts"].items():
             self.counts[name].update(counts)
@@ -170,8 +174,8 @@ def quantiles(counter: Counter[int]) -> list[int]:
 class Inspection(units.Job):
     """Decodes every record of a unit, as training would, and counts."""
 
-    def __init__(self, source: SourceUnits, data: DataConfig):
-        self._source, self._data = source, data
+    def __init__(self, source: SourceUnits, data: DataConfig, tokenizer: Tokenizer | None = None):
+        self._source, self._data, self._tokenizer = source, data, tokenizer
 
     def open(self) -> None:
         """Open the source."""
@@ -187,7 +191,8 @@ class Inspection(units.Job):
 
     def _look(self, record):
         decode(record, SIZE, self._data)
-        return transforms.open_image(record["image"], self._data)
+        tokens = token_counts.of(self._tokenizer, record["texts"]) if self._tokenizer else []
+        return transforms.open_image(record["image"], self._data), tokens
 
     def do(self, unit: int, payload: Any, watch: Watch, limit: int | None = None) -> dict[str, Any]:
         """Return the `Summary` of a unit, or of its first `limit` records."""
@@ -196,19 +201,25 @@ class Inspection(units.Job):
             ignored.clear()  # of the units before
         places = itertools.islice(self._source.read(unit, payload), limit)
         for number, place, looked_at in watch(self._look, places):
-            bad, image = "", None
+            bad, image, tokens = "", None, []
             try:
-                image = looked_at.result()
+                image, tokens = looked_at.result()
             except transforms.BadImage as error:
                 bad = str(error)
-            summary.add(unit, number, place, bad, image)
+            summary.add(unit, number, place, bad, image, tokens)
         summary.ignored.update(getattr(self._source.source, "ignored", {}))
         return summary.plain()
 
 
-def inspect(source: SourceUnits, data: DataConfig, limit: int | None = None, crew: units.Size = units.HERE) -> Summary:
-    """Summarise a source by workers, or without them; or its first `limit` records."""
-    job, summary = Inspection(source, data), Summary()
+def inspect(
+    source: SourceUnits,
+    data: DataConfig,
+    limit: int | None = None,
+    crew: units.Size = units.HERE,
+    tokenizer: Tokenizer | None = None,
+) -> Summary:
+    """Summarise a source by workers, or without them; or its first `limit` records. A tokenizer counts its tokens."""
+    job, summary = Inspection(source, data, tokenizer), Summary()
     if limit:
         with tqdm(total=limit, unit=" records", mininterval=1) as bar:
             for unit in range(len(source)):
@@ -247,6 +258,20 @@ def open_source(arguments: argparse.Namespace) -> tuple[Any, DataConfig]:
     return sources.open_source(arguments.source, data, "--source"), data
 
 
+def read_tokenizer(path: str) -> Tokenizer:
+    """Read a vocabulary file, as config.data.vocab, or the tokenizer of a run or another model."""
+    from flip_jax import saved_step  # both are slow to import
+    from flip_jax.data import vocabulary
+
+    if not path:
+        raise UserError("--counts needs --vocab=PATH: a vocabulary file, as config.data.vocab, or a run")
+    if pathlib.Path(path).is_file():
+        return vocabulary.read(path)
+    if not (found := saved_step.tokenizer(saved_step.newest(path))):
+        raise UserError(f"--vocab={path} is a classifier, which has no tokenizer: name a vocabulary file or a run")
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flip inspect`."""
     options.add_source(parser)
@@ -255,6 +280,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit", type=options.positive, metavar="N", help="read the first N records only, in this process"
+    )
+    parser.add_argument(
+        "--counts", type=pathlib.Path, metavar="FILE", help="count the captions' tokens, for model.text.mask_counts"
+    )
+    parser.add_argument(
+        "--vocab", default="", metavar="PATH", help="tokenizer of --counts: as config.data.vocab, or a run"
     )
     add_reading(parser)
     units.add_arguments(parser)
@@ -266,8 +297,18 @@ def main(arguments: argparse.Namespace) -> None:
     source, data = open_source(arguments)
     cut = SourceUnits(arguments.source, source, data)
     options.make_folder("--out", arguments.out)
+    tokenizer = None
+    if arguments.counts:
+        tokenizer = read_tokenizer(arguments.vocab)
+        options.make_folder("--counts", arguments.counts.parent)
     crew, start = units.size(arguments, len(cut)), time.perf_counter()
-    summary = inspect(cut, data, arguments.limit, crew)
+    summary = inspect(cut, data, arguments.limit, crew, tokenizer)
     rate = summary.read / (time.perf_counter() - start)
     summary.draw(arguments.out / GRID_FILE, source, data)
-    print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}")
+    if tokenizer:
+        options.write_text("--counts", arguments.counts, token_counts.to_text(tokenizer, summary.tokens))
+        found = f"{summary.tokens.total():,} tokens, {len(summary.tokens):,} of {tokenizer.vocab_size:,}"
+        summary.notes += [f"{found}: {arguments.counts}"]
+    print(f"{runtime.plain(str(summary))}\n{rate:,.0f} records/s, {arguments.out / GRID_FILE}", flush=True)
+    if not summary.usable:
+        raise UserError(f"no record of {arguments.source} can be used for training; the counts above say why")

@@ -126,14 +126,14 @@ def write(out: str, encoders: Sequence[Encoder], names: Sequence[str], alpha: fl
         except OSError as error:
             raise UserError(
                 f"--out {out!r} cannot be written ({error.strerror or error}): use another folder"
-            ) from error
+            ) from None
         origin = f"{1 - alpha:g} of the weights of {names[0]} and {alpha:g} of those of {names[1]}"
         card.write(out, card.describe(a.config, a.tokenizer, origin))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("a", metavar="A", help="folder of a run, or of one of its steps")
+    parser.add_argument("a", metavar="A", help=options.MODEL)
     parser.add_argument("b", metavar="B", help="the same of the other model")
     parser.add_argument(
         "--alpha", type=alphas, default="0:1:0.1", help="FIRST:LAST:STEP or numbers separated by commas (%(default)s)"
@@ -181,4 +181,4 @@ def _report(arguments, results):
         try:
             draw(results, pathlib.Path(arguments.chart))
         except (OSError, ValueError) as reason:  # a folder that cannot be written, an extension matplotlib cannot draw
-            raise UserError(f"--chart {arguments.chart!r} cannot be written ({reason}): use another path") from reason
+            raise UserError(f"--chart {arguments.chart!r} cannot be written ({reason}): use another path") from None

@@ -5,6 +5,8 @@ import pathlib
 
 from flip_jax.runtime import UserError
 
+MODEL = "a run, one of its steps, a portable folder, or hf://ORG/NAME[@REVISION]"  # what a model may be given as
+
 
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
@@ -17,10 +19,7 @@ def positive(text: str) -> int:
     return value
 
 
-def add_model(
-    parser: argparse.ArgumentParser,
-    help: str = "a run, one of its steps, a portable folder, or hf://ORG/NAME[@REVISION]",
-) -> None:
+def add_model(parser: argparse.ArgumentParser, help: str = MODEL) -> None:
     """Add --model, which is required."""
     parser.add_argument("--model", required=True, metavar="DIR", help=help)
 
@@ -59,7 +58,7 @@ def make_folder(option: str, path: pathlib.Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {str(path)!r} cannot be created ({error.strerror}): use another folder") from error
+        raise UserError(f"{option} {str(path)!r} cannot be created ({error.strerror}): use another folder") from None
 
 
 def write_text(option: str, path: pathlib.Path, text: str) -> None:
@@ -67,4 +66,4 @@ def write_text(option: str, path: pathlib.Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{option} {str(path)!r} cannot be written ({error.strerror}): use another path") from error
+        raise UserError(f"{option} {str(path)!r} cannot be written ({error.strerror}): use another path") from None

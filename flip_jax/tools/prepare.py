@@ -31,7 +31,7 @@ from flip_jax.tools import dedup, filters, inspect, options, spill, units
 from flip_jax.tools.removed import Examples, page, priority
 from flip_jax.tools.source_units import SourceUnits
 
-EXAMPLE = "flip prepare csv:/data/pairs.csv /data/pairs --shards=256 --shortest_side=256 --workers=8"
+EXAMPLE = "flip prepare csv:/data/pairs.csv /data/pairs --shards=256 --shortest_side=256"
 
 SETTINGS, WORK, PAGE = "prepare.json", "work", "removed.html"
 PLAN = ("before", "blocks")  # of the plan: the number of records read before each unit, and all blocks
@@ -280,8 +280,11 @@ def _start(job):
     saved = json.loads(file.read_text())
     earlier = saved["settings"]
     if changed := [name for name in job.settings if earlier.get(name) != job.settings[name]]:
-        then, now = (", ".join(f"{name} {part.get(name)!r}" for name in changed) for part in (earlier, job.settings))
-        raise UserError(f"--out {str(out)!r} was started with {then}, not {now}: use another folder")
+        if not saved["done"] and not any(job.work.glob("filter-*")):
+            _save(job, None)  # of a run that was refused or stopped before it had done anything
+        else:
+            parts = (", ".join(f"{name} {part.get(name)!r}" for name in changed) for part in (earlier, job.settings))
+            raise UserError(f"--out {str(out)!r} was started with {', not '.join(parts)}: use another folder")
     job.work.mkdir(exist_ok=True)
     for stale in job.work.glob("new-*"):  # of workers that were killed
         stale.unlink()
@@ -348,7 +351,7 @@ def _find_duplicates(job, crew, blocks, removed):
     kept = lambda unit, answer: blocks.__setitem__(unit[1], answer["blocks"])  # noqa: E731
     passes = [("find", range(groups), found), ("keep", sorted(blocks), kept)]
     for kind, numbers, done in passes:
-        if failed := crew.run([(kind, i) for i in numbers], done, says=kind, unit=" units"):
+        if failed := crew.run([(kind, i) for i in numbers], done, says=kind, counted=" units"):
             raise UserError(f"duplicates could not be found, {next(iter(failed.values()))}: run it again")
 
 

@@ -42,7 +42,7 @@ def listed(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
 
 
 def upload(folder: pathlib.Path, repository: str, files: list[pathlib.Path], private: bool | None) -> str:
-    """Upload files in one commit, to a repository that is made if it is missing; return its address.
+    """Upload files to a repository, which is made if it is missing; return its address.
 
     `private` says how it is made; None asks.
 
@@ -78,14 +78,14 @@ def _ask(repository, call, *arguments, **keywords):
     try:
         return call(*arguments, **keywords)
     except errors.HFValidationError as error:
-        raise UserError(f"{repository!r} is no name of a repository, ORG/NAME: {error}") from error
+        raise UserError(f"{repository!r} is no name of a repository, ORG/NAME: {error}") from None
     except Exception as error:  # the client raises its own errors and those of its HTTP library
         status = getattr(getattr(error, "response", None), "status_code", None)
         remedy = "run the same command again, which resumes it"
         if status in (401, 403):
             remedy = "log in with a token that may write there, hf auth login or HF_TOKEN"
         text = " ".join(str(error).split())[:300]
-        raise UserError(f"{repository}: the hub refused ({type(error).__name__}: {text}); {remedy}") from error
+        raise UserError(f"{repository}: the hub refused ({type(error).__name__}: {text}); {remedy}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

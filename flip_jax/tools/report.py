@@ -88,10 +88,16 @@ def report(folder: pathlib.Path, queries: Sequence[str]) -> None:
 
 
 def local(workdir: str, recipe: Config) -> None:
-    """Draw the report of a `:runlocal` run, and say how long its whole recipe would take on this machine."""
+    """Draw the report of a `:runlocal` run, and say how long its whole recipe would take on this machine.
+
+    Nothing of both for a run that was told to stop before its end.
+    """
+    step = saved_step.newest(workdir)
+    here, whole = stages.plan(stages.written(step)), stages.plan(recipe)
+    if int(step.name) < here[-1].last:
+        return
     report(pathlib.Path(workdir), [])
     lines = metrics_file.read(epath.Path(workdir))
-    here, whole = stages.plan(stages.written(saved_step.newest(workdir))), stages.plan(recipe)
     rates = [
         statistics.median(
             line["images_per_second"] for line in lines if len(here) == 1 or stages.place(here, line["step"]) == i

@@ -39,11 +39,11 @@ def query_image(path: str, size: int, data: DataConfig) -> np.ndarray:
     try:
         content = untrusted.read_file(path, records.MAX_IMAGE)
     except OSError as error:
-        raise UserError(f"--image {path!r} cannot be read ({error.strerror})") from error
+        raise UserError(f"--image {path!r} cannot be read ({error.strerror})") from None
     try:
         return transforms.decode(content, size, data)
     except transforms.BadImage as error:
-        raise UserError(f"--image {path!r}: {error}; it must be one of {', '.join(transforms.FORMATS)}") from error
+        raise UserError(f"--image {path!r}: {error}; it must be one of {', '.join(transforms.FORMATS)}") from None
 
 
 class Thumbnails:
@@ -171,4 +171,4 @@ def _thumbnails(source, index, data):
     try:
         return Thumbnails(embed.open_source(source, data, index.settings["embedded"] == "texts"), data)
     except UserError as error:
-        raise UserError(f"{error}; --out reads it again: if it was moved, use --source to say where it is") from error
+        raise UserError(f"{error}; --out reads it again: if it was moved, use --source to say where it is") from None

@@ -257,10 +257,8 @@ def connect(address: str, workers: int, job: Any) -> tuple[int, int]:
     """
     try:
         import ray
-    except ImportError as error:
-        raise UserError(
-            '--ray needs Ray: pip install -e ".[ray]", on all nodes; without it, use --workers=N'
-        ) from error
+    except ImportError:
+        raise UserError('--ray needs Ray: pip install -e ".[ray]", on all nodes; without it, use --workers=N') from None
     if not ray.is_initialized():
         host, _, port = address.rpartition(":")
         try:
@@ -271,7 +269,7 @@ def connect(address: str, workers: int, job: Any) -> tuple[int, int]:
             raise UserError(
                 f"--ray={address}: no Ray cluster answers ({str(error).strip().partition(chr(10))[0]}); start one with "
                 "`ray start --head`, and on other machines `ray start --address=HOST:6379`"
-            ) from error
+            ) from None
     resource, _, room = _resource(job)
     if not room or workers > room:
         raise UserError(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flip_jax import runtime
 from flip_jax.runtime import UserError
 from flip_jax.tools import options
+from flip_jax.tools.source_units import ROWS
 from flip_jax.tools.unit_workers import Actor, Died, Process, Watch, connect
 
 RETRIES = 3  # deaths at a unit before it reached a record, and of workers that had not begun
@@ -56,6 +57,54 @@ class Size(NamedTuple):
 
 
 HERE = Size()  # without workers
+
+
+class _Death(NamedTuple):
+    """Instead of an answer: what ended a worker, and the number of the record it was at, None if that is unknown."""
+
+    cause: str
+    mark: int | None
+
+
+class _Deaths:
+    """The deaths of workers at one unit."""
+
+    def __init__(self):
+        self.bad: set[int] = set()  # the records at which two workers died
+        self._marks: list[int | None] = []
+
+    @property
+    def count(self) -> int:
+        """The number of deaths."""
+        return len(self._marks)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether to give up the unit."""
+        return self.count >= DEATHS or self._marks.count(None) >= RETRIES
+
+    def add(self, mark: int | None) -> None:
+        """Count a death, at a record if that is known."""
+        if mark is not None and mark in self._marks:
+            self.bad.add(mark)
+        self._marks.append(mark)
+
+
+class _Progress:
+    """A bar of records. Units may hold any number of them, so the total is extrapolated from those that are done."""
+
+    def __init__(self, bar: tqdm, units: int):
+        self._bar, self._units, self._finished = bar, units, 0
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(runtime.plain(line), file=sys.stderr)
+
+    def finish(self, read: int) -> None:
+        """Count a unit and its records."""
+        self._finished += 1
+        self._bar.update(read)
+        self._bar.total = round(self._bar.n / self._finished * self._units)
 
 
 class Crew:
@@ -101,7 +150,7 @@ class Crew:
         todo: Iterable[Any],
         done: Callable[[Any, dict[str, Any]], object],
         says: str = "",
-        unit: str = " records",
+        counted: str = " records",
         quiet: bool = False,
     ) -> dict[Any, str]:
         """Do units, and call `done` with each and its answer. Returns those that ended all workers, with the cause.
@@ -109,68 +158,62 @@ class Crew:
         Raises:
           UserError, OSError: a worker did, or the workers cannot begin. Other errors of a worker become RuntimeError.
         """
-        todo = collections.deque(todo)
-        total, skipped, finished = len(todo), {}, 0
-        deaths: dict[Any, list[int | None]] = collections.defaultdict(list)
-        bad: dict[Any, set[int]] = collections.defaultdict(set)
-        with tqdm(desc=says or None, unit=unit, mininterval=1, disable=quiet) as bar:
-
-            def say(line):
-                bar.write(runtime.plain(line), file=sys.stderr)
-
-            def finish(unit, answer):
-                nonlocal finished
-                finished += 1
-                bar.update(answer.get("read", 1) if answer else 0)
-                # A unit may hold any number of records: extrapolate the total from those done so far.
-                bar.total = round(bar.n / finished * total)
-                if answer:
+        todo, skipped = collections.deque(todo), {}
+        deaths: dict[Any, _Deaths] = {}
+        with tqdm(desc=says or None, unit=counted, mininterval=1, disable=quiet) as bar:
+            progress = _Progress(bar, len(todo))
+            for unit, answer in self._here(todo) if not self._count else self._by_workers(todo, deaths):
+                if not isinstance(answer, _Death):
+                    progress.finish(answer.get("read", 1))
                     done(unit, answer)
-
-            if not self._count:
-                if not self._opened:
-                    self._job.open()
-                    self._opened = True
-                for unit in todo:
-                    finish(unit, self._job.do(unit, self._job.payload(unit), Watch(threads=self._threads)))
-                return skipped
-            while todo or any(unit is not None for _, unit in self._busy.values()):
-                for number in range(min(self._count, len(todo))):
-                    if number not in self._workers:
-                        self._hire(number)
-                while todo and self._free:
-                    unit = todo.popleft()
-                    self._give(
-                        self._free.popleft(),
-                        unit,
-                        "do",
-                        unit,
-                        self._job.payload(unit),
-                        sorted(bad.get(unit, ())),
-                        unit in deaths,
-                    )
-                for future in wait(self._busy, return_when=FIRST_COMPLETED).done:
-                    number, unit = self._busy.pop(future)
-                    try:
-                        answer = self._checked(future)
-                    except Died as cause:
-                        mark = self._mark(number)
-                        del self._workers[number]
-                        if unit is None:
-                            self._stillborn(cause)
-                        elif self._hopeless(deaths[unit], mark, bad[unit]):
-                            skipped[unit] = str(cause)
-                            say(f"{self._job.name(unit)}: skipped: {len(deaths[unit])} workers died, {cause}")
-                            finish(unit, None)
-                        else:
-                            say(f"{self._job.name(unit)}: a worker died ({cause}); another one tries")
-                            todo.appendleft(unit)
-                        continue
-                    self._free.append(number)
-                    self._unborn = 0
-                    if unit is not None:
-                        finish(unit, answer)
+                    continue
+                found = deaths.setdefault(unit, _Deaths())
+                found.add(answer.mark)
+                if found.hopeless:
+                    skipped[unit] = answer.cause
+                    progress.say(f"{self._job.name(unit)}: skipped: {found.count} workers died, {answer.cause}")
+                    progress.finish(0)
+                else:
+                    progress.say(f"{self._job.name(unit)}: a worker died ({answer.cause}); another one tries")
+                    todo.appendleft(unit)
         return skipped
+
+    def _here(self, todo):
+        """Do units in this process; yield each with its answer."""
+        if not self._opened:
+            self._job.open()
+            self._opened = True
+        for unit in todo:
+            yield unit, self._job.do(unit, self._job.payload(unit), Watch(threads=self._threads))
+
+    def _by_workers(self, todo, deaths):
+        """Let workers do units; yield each with its answer, or with its worker's `_Death`; it may be added again."""
+        while todo or any(unit is not None for _, unit in self._busy.values()):
+            for number in range(min(self._count, len(todo))):
+                if number not in self._workers:
+                    self._hire(number)
+            while todo and self._free:
+                unit = todo.popleft()
+                before = deaths.get(unit)
+                skip = sorted(before.bad) if before else []
+                # With one thread it is known at which record a worker dies.
+                careful = before is not None
+                self._give(self._free.popleft(), unit, "do", unit, self._job.payload(unit), skip, careful)
+            for future in wait(self._busy, return_when=FIRST_COMPLETED).done:
+                number, unit = self._busy.pop(future)
+                try:
+                    answer = self._checked(future)
+                except Died as cause:
+                    del self._workers[number]
+                    if unit is None:
+                        self._stillborn(cause)
+                    else:
+                        yield unit, _Death(str(cause), self._mark(number))
+                    continue
+                self._free.append(number)
+                self._unborn = 0
+                if unit is not None:
+                    yield unit, answer
 
     def _hire(self, number):
         self._workers[number] = self._kind(self._job, number, alone=self._count == 1)
@@ -191,13 +234,6 @@ class Crew:
             return int(pathlib.Path(self._marks[number]).read_text())
         except (OSError, ValueError):
             return None
-
-    def _hopeless(self, deaths, mark, bad):
-        """Count a death at a unit, and a record at which two workers died as bad; tell whether to give up the unit."""
-        if mark is not None and mark in deaths:
-            bad.add(mark)
-        deaths.append(mark)
-        return len(deaths) >= DEATHS or deaths.count(None) >= RETRIES
 
     def _stillborn(self, cause):
         self._unborn += 1
@@ -240,8 +276,8 @@ def size(arguments: argparse.Namespace, units: int) -> Size:
     """
     if arguments.workers and arguments.workers > units:
         raise UserError(
-            f"--workers={arguments.workers}: the source has {units} shards, and one worker reads a shard: use "
-            f"--workers={units}, or write more shards with `flip prepare`"
+            f"--workers={arguments.workers}: the source has {units} units of work, shards or {ROWS:,} records of a "
+            f"source without shards, and a worker does one at a time: use at most --workers={units}"
         )
     if arguments.workers or arguments.ray:
         return Size(arguments.workers or 0, arguments.ray)

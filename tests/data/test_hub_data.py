@@ -1,10 +1,12 @@
 """Data of the hub: webdataset and Parquet at hf://datasets/..., read as it comes from a stand-in."""
 
 import io
+import subprocess
+import sys
 
 import pyarrow
 import pytest
-from helpers import png, records, samples, summary, write_tar
+from helpers import REPO, environment, png, records, samples, summary, write_tar
 from hub_stand_in import Hub
 from huggingface_hub import HfFileSystem, constants
 from pyarrow import parquet
@@ -66,6 +68,14 @@ def test_parquet_of_several_splits_has_lists_and_dictionaries_of_captions(hub):
     both = f"parquet:{PLACE}/data/train-*.parquet;parquet:{PLACE}/data/val-*.parquet"
     mixture = pipeline.open_mixture(Config(data=DataConfig(train=both)))
     assert [len(source) for _, source in mixture] == [1, 1]
+
+
+def test_a_command_finds_the_hub_by_its_usual_variable(hub, tmp_path):
+    """In a process of its own, without any change to huggingface_hub."""
+    env = environment() | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "flip_jax", "inspect", f"webdataset:{PLACE}/data/*.tar", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "6 records read: 6 usable" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("place", ["hf://datasets/org/closed/*.tar", "hf://datasets/org/none/*.tar"])

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import traceback
 
 import jax
 import numpy as np
@@ -129,8 +130,9 @@ def test_what_the_hub_does_not_give_is_refused_with_the_remedy(hub, folders, tmp
         "hf://org/x@../../y": "does not name a model of the hub",
         "hf://datasets/org/x": "that is a place for data",
     }.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as refused:
             flip_jax.load(path)
+        assert "above exception" not in "".join(traceback.format_exception(refused.value))  # one message
         assert flip.main(["convert", "import", path, str(tmp_path / "out")]) == 1
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 
 import helpers
 import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
-from helpers import FIXTURES, make_encoder, save
+from helpers import FIXTURES, REPO, make_encoder, save
+from PIL import Image
 
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.formats import onnx_towers
@@ -63,6 +67,25 @@ def test_flip_itself_is_exported(changes, tmp_path):
     onnx_towers.export_model(tmp_path, settings, params, Tokenizer({"[PAD]": 0, "[UNK]": 1}))
     np.testing.assert_allclose(run(tmp_path, "image", image), model.encode_image(image), atol=LIMIT)
     np.testing.assert_allclose(run(tmp_path, "text", text), model.encode_text(text), atol=LIMIT)
+
+
+def test_the_example_of_the_docs_needs_neither_jax_nor_this_package(tmp_path):
+    """Run as printed, in a process that can import neither."""
+    pytest.importorskip("onnxruntime")
+    (example,) = re.findall(r"```python\n(import json.*?)```", (REPO / "docs" / "hub.md").read_text(), re.DOTALL)
+    encoder = make_encoder()
+    save(encoder, tmp_path / "run" / "checkpoints" / "1")
+    out = tmp_path / "served"
+    assert flip.main(["convert", "export", str(tmp_path / "run"), str(out), "--format=onnx"]) == 0
+    pixels = helpers.batch(1)[0]
+    Image.fromarray(pixels[0]).save(tmp_path / "cat.png")
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['jax', 'flax', 'flip_jax', 'torch', 'transformers']))\n"
+    done = subprocess.run([sys.executable, "-P", "-c", blocked + example], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cosines = np.asarray(encoder.encode_image(pixels)) @ encoder.encode_text(["a photo of a cat", "a photo of a dog"]).T
+    scores = np.exp(encoder.scale() * cosines)
+    printed = np.array(done.stdout.strip("[] \n").split(), float)
+    np.testing.assert_allclose(printed, (scores / scores.sum())[0], atol=encoder.scale() * LIMIT)
 
 
 def test_large_weights_are_a_file_of_their_own(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from helpers import MODEL, make_encoder, save
 from safetensors.numpy import load_file, save_file
 
 import flip_jax
-from flip_jax import manifest, saved_step, weights
+from flip_jax import manifest, runtime, saved_step, weights
 from flip_jax.formats import portable, tensors, tokenizer_files
 from flip_jax.runtime import UserError
 from flip_jax.tools import __main__ as flip
-from flip_jax.tools import card
+from flip_jax.tools import card, convert
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,15 @@ def test_nothing_is_left_of_a_conversion_that_fails(run, tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_ctrl_c_leaves_nothing_either(tmp_path):
+    with convert.new_folder(str(tmp_path / "out")) as folder:
+        (folder / "model.safetensors").touch()
+        for function in runtime.at_end:  # all that is called before the program ends there
+            function()
+        assert not list(tmp_path.iterdir())
+        folder.mkdir()
+
+
 def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
@@ -170,7 +180,16 @@ DAMAGE = {
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "must be a model's settings, JSON"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
+    "of timm": (
+        lambda f: (f / "config.json").write_text('{"architecture": "vit_base_patch16_224"}'),
+        "the nearest that is read is timm's ViT, as config.init_from=FILE.safetensors",
+    ),
+    "open_clip's without weights": (
+        lambda f: (f / "config.json").rename(f / "open_clip_config.json"),
+        "has no open_clip_model.safetensors. Save the model with open_clip",
+    ),
     "nothing": (lambda f: (f / "config.json").unlink(), "holds no checkpoint: expected a workdir"),
+    "nowhere": (shutil.rmtree, r"holds no checkpoint \(there is no such file or folder\): expected a workdir"),
 }
 
 
@@ -178,8 +197,9 @@ DAMAGE = {
 def test_damage_is_refused_with_the_reason(out, name):
     damage, message = DAMAGE[name]
     damage(out)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         flip_jax.load(out)
+    assert "above exception" not in "".join(traceback.format_exception(refused.value))  # one message
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):

@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import flip_jax
 from flip_jax import masking, saved_step, sharding, weights
 from flip_jax.config import Config, FinetuneConfig, MeshConfig
 from flip_jax.models.classifier import Classifier
 from flip_jax.models.flip import FLIP
 from flip_jax.runtime import UserError
+from flip_jax.tools import __main__ as flip
 
 WIDTH, DEPTH, HEADS, SIZE, HIDDEN = 64, 2, 1, 8, 96
 MODEL = helpers.model_with(
@@ -130,6 +132,15 @@ def test_files_that_are_no_vit_are_refused(change, message, tmp_path):
     save_file(arrays, tmp_path / "vit.safetensors")
     with pytest.raises(UserError, match=message):
         saved_step.newest(str(tmp_path / "vit.safetensors"))
+
+
+def test_a_tower_alone_only_starts_runs(tmp_path, capsys):
+    file = tmp_path / "vit.safetensors"
+    save_file(vit(), file)
+    with pytest.raises(UserError, match=r"vit.safetensors is an image tower alone: start a run with it, --config.init"):
+        flip_jax.load(file)
+    assert flip.main(["convert", "export", str(file), str(tmp_path / "out")]) == 1
+    assert "is an image tower alone" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_another_architecture_is_refused_with_both_sides(tmp_path):

@@ -71,6 +71,8 @@ def settings(name):
         ("siglip", {"model_type": "siglip2"}, r"the nearest that is read is siglip \(SigLIP 2"),
         ("clip_eos", {"model_type": "clop"}, "the nearest that is read is clip"),
         ("clip_eos", {"model_type": None}, "model_type None are unknown"),
+        ("clip_eos", {"model_type": []}, r"model_type \[\] are unknown"),
+        ("clip_eos", {"vision_config": {"layer_norm_eps": 10**400}}, "only numbers up to 2"),
         ("clip_eos", {"model_type": "chinese_clip"}, "nearest that is read is clip"),
         ("clip_eos", {"vision_config": {"num_channels": 4}}, "num_channels 4 cannot be expressed"),
         (

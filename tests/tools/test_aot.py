@@ -243,18 +243,19 @@ def test_every_stage_is_reported_and_which_is_the_tightest(run):
     code, out, _ = run(
         "--topology=cpu:8",
         "--json",
-        "--config.stages=160:model.image.image_size=16;160:model.image.mask_ratio=0;160:global_batch_size=8",
+        "--config.stages=160;160:model.image.mask_ratio=0;160:model.image.image_size=16,global_batch_size=8",
     )
     result = json.loads(out)
     assert code == 0 and result["fits"] and result["tightest"] == "2/3"
-    small, large, few = result["stages"]
+    whole, large, small = result["stages"]  # the first is the step of `test_data_parallel_step`
     assert [(one["stage"], one["image_size"], one["mask_ratio"]) for one in result["stages"]] == [
-        ("1/3", 16, 0.5),
+        ("1/3", 32, 0.5),
         ("2/3", 32, 0.0),
-        ("3/3", 32, 0.5),
+        ("3/3", 16, 0.5),
     ]
-    assert small["global_batch_size"] == large["global_batch_size"] == 2 * few["global_batch_size"] == 16
-    assert large["memory"]["peak"] > max(small["memory"]["peak"], few["memory"]["peak"])
+    assert whole["global_batch_size"] == large["global_batch_size"] == 2 * small["global_batch_size"] == 16
+    assert whole["memory"]["arguments"] == 4 * (3 * PARAMS + 3) + 2 * (32 * 32 * 3 + 4 * 8)
+    assert large["memory"]["peak"] > whole["memory"]["peak"] > small["memory"]["peak"]
     text = aot.describe(result)
-    assert text.startswith("stage           1/3, 16 px\n") and "\n\nstage           2/3, 32 px\n" in text
+    assert text.startswith("stage           1/3, 32 px\n") and "\n\nstage           3/3, 16 px\n" in text
     assert text.splitlines()[-1].startswith("tightest        stage 2/3, ")

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import flip_jax
 from flip_jax import config_check, optim, weights
+from flip_jax.data import vocabulary
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.formats import names, open_clip, open_clip_settings
 from flip_jax.models import vit
@@ -27,6 +28,7 @@ FIXTURES = REPO / "tests" / "fixtures"
 WEIGHTS, SETTINGS = FIXTURES / "open_clip_model.safetensors", FIXTURES / "open_clip_config.json"
 BYTE_PAIRS = FIXTURES / "clip_bpe.txt"
 CONTENT = json.loads(SETTINGS.read_text())
+BLOCKS = ("visual.transformer", "transformer")
 WORD_PIECE = {"[PAD]": 0, "[UNK]": 1, "a": 2, "fox": 3}
 
 
@@ -106,12 +108,48 @@ def test_flip_itself_is_exported_exactly(tmp_path, changes):
     assert pieces["model"]["vocab"] == WORD_PIECE
 
 
+def test_a_model_of_another_architecture_goes_out_and_in_again(tmp_path):
+    """MLPs of other widths than 4 x, as ViT-g-14 and ViT-bigG-14 have them; the mean of the patches, exact GELU."""
+    settings = helpers.model_with(
+        image_pool="patches",
+        image_pre_norm=True,
+        image_patch_bias=False,
+        image_positions="learned",
+        image_mask_ratio=0.0,
+        image_mlp_width=139,
+        text_mlp_width=75,
+        text_vocab_size=914,
+        text_causal=True,
+        text_pool="last",
+        activation="gelu",
+    )
+    model, params = noisy(settings)
+    params["logit_scale"] = jnp.abs(params["logit_scale"])  # an export would clip a negative one
+    tokenizer = vocabulary.read(BYTE_PAIRS)
+    open_clip.export_model(tmp_path, settings, params, tokenizer)
+    files = [tmp_path / name for name in ("open_clip_model.safetensors", "open_clip_config.json")]
+    content, weights = json.loads(files[1].read_text()), load_file(files[0])
+    widths = [int(content["model_cfg"][tower]["mlp_ratio"] * 32) for tower in ("vision_cfg", "text_cfg")]
+    assert widths == [139, 75] == [weights[f"{name}.resblocks.0.mlp.c_fc.bias"].size for name in BLOCKS]
+    back, again = open_clip.import_model(*files)
+    assert back == settings
+    for ours, truth in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, truth)
+    image, text = helpers.batch(3)[0], tokenizer(["the sting", "a", "over and over"], 8)
+    np.testing.assert_allclose(model.encode_image(image), numpy_towers.embed_image(content, weights, image), atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(text), numpy_towers.embed_text(content, weights, text), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
         ({"text_pool": "mean"}, "never the mean"),
         ({"text_mask_padding": True}, "no padding mask"),
         ({"text_pool": "last", "text_causal": True}, "with the highest id"),
+        (
+            {"image_pool": "map", "text_pool": "final", "projection": "text"},
+            "image.pool 'map', config.model.text.pool 'final', config.model.projection 'text': .*SigLIP's parts",
+        ),
     ],
 )
 def test_models_that_open_clip_cannot_express_are_refused(changes, reason):
@@ -124,7 +162,9 @@ def test_models_that_open_clip_cannot_express_are_refused(changes, reason):
     [
         ("vision_cfg", "layers", [3, 4, 6, 3], "one integer"),
         ("vision_cfg", "timm_model_name", "vit_base", "only None can"),
-        ("vision_cfg", "mlp_ratio", 4.3637, "only 4.0 can"),
+        ("vision_cfg", "mlp_ratio", float("nan"), "mlp_ratio nan .* a unit or more"),
+        ("text_cfg", "mlp_ratio", -4, "mlp_ratio -4 .* a unit or more"),
+        ("vision_cfg", "width", 10**400, "only numbers up to 2"),
         ("vision_cfg", "attentional_pool", True, "only False can"),
         ("vision_cfg", "pool_type", "none", "only 'tok' and 'avg' can"),
         ("vision_cfg", "norm_kwargs", {"eps": 1e-6}, "the same in both"),

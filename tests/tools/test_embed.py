@@ -15,6 +15,7 @@ from pyarrow import parquet
 from flip_jax.config import DataConfig
 from flip_jax.data import transforms
 from flip_jax.runtime import UserError
+from flip_jax.tools import __main__ as flip
 from flip_jax.tools import embed, index
 
 
@@ -156,6 +157,14 @@ def test_the_identity_of_a_model_is_its_weights_settings_and_tokenizer(encoder):
     assert index.identity(make_encoder(words=(*WORDS, "more")))["config_hash"] != ours["config_hash"]
 
 
+def test_the_index_names_a_model_of_the_hub_as_it_was_given(encoder, tmp_path):
+    path, data = tmp_path / "texts.txt", encoder.config.data
+    path.write_text("a red picture\n")
+    lines = embed.open_source(str(path), data, True)
+    written = embed.write_index(encoder, "hf://org/fox@v1", lines, data, tmp_path / "out", name=str(path), texts=True)
+    assert (written["model"], written["rows"]) == ("hf://org/fox@v1", 1)
+
+
 def test_a_folder_or_source_that_does_not_fit_is_refused(encoder, source, tmp_path):
     write_embeddings(encoder, source, tmp_path / "out")
     with pytest.raises(UserError, match="was started with rows_per_part 10, not 5 .*use another folder"):
@@ -187,7 +196,7 @@ def test_a_folder_or_source_that_does_not_fit_is_refused(encoder, source, tmp_pa
     assert len(embedded_rows(tmp_path / "out")) == 42
 
 
-def test_the_command(encoder, source, tmp_path):
+def test_the_command(encoder, source, tmp_path, capsys):
     save(encoder, tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "source": source, "rows": "10", "batch_size": "8"}
     done = command("embed", out=str(tmp_path / "a"), workers="2", **options)
@@ -204,9 +213,11 @@ def test_the_command(encoder, source, tmp_path):
     a, b = (np.stack([row["embedding"] for row in embedded_rows(tmp_path / folder)]) for folder in "ab")
     np.testing.assert_allclose(a, b, atol=1e-6)
     shutil.rmtree(tmp_path / "model" / "state")
-    refused = command("embed", out=str(tmp_path / "c"), **options)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: ")
-    assert "holds no checkpoint" in refused.stderr and "Traceback" not in refused.stderr
+    out = f"--out={tmp_path / 'c'}"
+    assert flip.main(["embed", out, *(f"--{name}={value}" for name, value in options.items())]) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "holds no checkpoint" in said and "Traceback" not in said
 
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch):

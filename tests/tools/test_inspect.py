@@ -1,5 +1,6 @@
 """Counts of sources whose content is known."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -104,10 +105,12 @@ def test_source_is_an_option_too(damaged, tmp_path, capsys):
     assert "5 records read: 3 usable, 2 bad" in capsys.readouterr().out
 
 
-def test_sources_without_usable_records_are_drawn_too(tmp_path, capsys):
+def test_sources_without_usable_records_are_drawn_too_and_are_a_failure(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", [("1.txt", b"x")])
-    assert run(f"webdataset:{tmp_path}/0.tar", f"--out={tmp_path}") == 0
-    assert "1 records read: 0 usable, 1 bad" in capsys.readouterr().out
+    assert run(f"webdataset:{tmp_path}/0.tar", f"--out={tmp_path}") == 1
+    found = capsys.readouterr()
+    assert "1 records read: 0 usable, 1 bad" in found.out
+    assert f"error: no record of webdataset:{tmp_path}/0.tar can be used for training" in found.err
     assert (tmp_path / "inspection.png").stat().st_size > 1000
 
 
@@ -132,3 +135,40 @@ def test_a_bug_is_not_a_bad_record(damaged, monkeypatch):
     monkeypatch.setattr(transforms, "decode", broken)
     with pytest.raises(TypeError, match="a bug"):
         inspect(damaged)
+
+
+WORDS = "[PAD] [UNK] a red green blue square circle , ##s".split()
+
+
+def count(captions, tmp_path, *options):
+    """Counts by `flip inspect` of one tar per list of captions."""
+    for number, some in enumerate(captions):
+        members = [[(f"{i}.png", png(i)), (f"{i}.txt", text.encode())] for i, text in enumerate(some)]
+        write_tar(tmp_path / f"{number}.tar", [member for sample in members for member in sample])
+    write_tar(tmp_path / "2.tar", [("bad.png", b"no image"), ("bad.txt", b"green green")])
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    options = (f"--out={tmp_path}", f"--counts={tmp_path}/new/counts.json", *options)
+    assert run(f"webdataset:{tmp_path}/{{0..2}}.tar", f"--vocab={tmp_path}/vocab.txt", *options) == 0
+    return json.loads((tmp_path / "new" / "counts.json").read_text())
+
+
+def test_tokens_of_a_corpus_are_counted_by_any_number_of_workers(tmp_path, capsys):
+    rng = random.Random(1)
+    words = ["a", "red", "blue", "square", "circle", ",", "unheard"]
+    captions = [[" ".join(rng.choices(words, range(1, 8), k=rng.randrange(1, 40))) for _ in range(20)] for _ in "01"]
+    expected = Counter(word for some in captions for text in some for word in text.split())
+    unknown = expected.pop("unheard")
+    one, two = (count(captions, tmp_path, f"--workers={workers}") for workers in (1, 2))
+    assert one == two and one["vocab_size"] == len(WORDS) and one["kind"] == "WordPiece"
+    assert one["counts"] == [0, unknown, *(expected[word] for word in WORDS[2:])]
+    total = unknown + expected.total()
+    assert f"{total:,} tokens, {len(expected) + 1} of 10: {tmp_path}/new/counts.json\n" in capsys.readouterr().out
+
+
+def test_counting_needs_a_tokenizer(damaged, tmp_path, capsys):
+    assert run(damaged, f"--out={tmp_path}", f"--counts={tmp_path}/counts.json") == 1
+    assert capsys.readouterr().err == (
+        "error: --counts needs --vocab=PATH: a vocabulary file, as config.data.vocab, or a run\n"
+    )
+    assert run(damaged, f"--out={tmp_path}", f"--counts={tmp_path}/counts.json", f"--vocab={tmp_path}") == 1
+    assert str(tmp_path) in capsys.readouterr().err

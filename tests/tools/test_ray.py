@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers import REPO, samples, write_tar
-from prepared import prepare
+from prepared import contents, prepare
 from unit_jobs import RECORDS, Numbers
 
 from flip_jax.runtime import UserError
@@ -77,3 +77,12 @@ def test_what_does_not_fit_is_refused(tmp_path, cluster):
 def test_an_address_without_a_cluster_is_refused(tmp_path):
     with pytest.raises(UserError, match="--ray=127.0.0.1:1: no Ray cluster answers .*`ray start --head`"):
         units.Crew(Numbers(tmp_path), units.Size(2, "127.0.0.1:1"))
+
+
+def test_a_preparation_that_was_refused_leaves_its_folder_to_other_settings(tmp_path):
+    write_tar(tmp_path / "0.tar", samples(4))
+    source, out = f"webdataset:{tmp_path}/0.tar", tmp_path / "out"
+    with pytest.raises(UserError, match="no Ray cluster answers"):
+        prepare(source, out, shards=1, crew=units.Size(1, "127.0.0.1:1"))
+    prepare(source, out, shards=2)
+    assert sum(len(tar) for tar in contents(out)) == 3 * 4

@@ -100,7 +100,7 @@ def _index(folder: pathlib.Path) -> dict[str, Any]:
     try:
         content = serialization.msgpack_restore(path.read_bytes())
     except Exception as error:  # msgpack raises many kinds of errors on damaged bytes
-        raise UserError(f"{path} is damaged or no t5x checkpoint: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is damaged or no t5x checkpoint: {type(error).__name__}: {error}") from None
     optimizer = content.get("optimizer") if isinstance(content, Mapping) else None
     target = optimizer.get("target") if isinstance(optimizer, Mapping) else None
     if not isinstance(target, Mapping):
@@ -118,8 +118,8 @@ def _open(folder: pathlib.Path, name: str, leaf: Any) -> Any:
     try:
         driver, path = leaf["driver"], pathlib.PurePosixPath(leaf["kvstore"]["path"]).name
         shape, dtype = tuple(leaf["metadata"]["shape"]), leaf["dtype"]
-    except (KeyError, TypeError) as error:  # the file decides what is in `leaf`
-        raise UserError(f"{folder}: the specification of {name} is damaged: {leaf!r}") from error
+    except (KeyError, TypeError):  # the file decides what is in `leaf`
+        raise UserError(f"{folder}: the specification of {name} is damaged: {leaf!r}") from None
     if driver != "zarr" or dtype != "float32" or path != own:
         raise UserError(f"{folder}: {name} must be a float32 zarr in {own}, got {dtype} {driver} in {path!r}")
     place = folder / own
@@ -133,7 +133,7 @@ def _open(folder: pathlib.Path, name: str, leaf: Any) -> Any:
     try:
         store = tensorstore.open(spec, open=True).result()
     except Exception as error:  # tensorstore raises a different type for every failure
-        raise UserError(f"{place / '.zarray'} is damaged: {error}") from error
+        raise UserError(f"{place / '.zarray'} is damaged: {error}") from None
     if tuple(store.shape) != shape or store.dtype.name != dtype:
         raise UserError(f"{place}: .zarray says {store.dtype.name} {store.shape}, 'checkpoint' {dtype} {shape}")
     chunk = store.chunk_layout.read_chunk.shape
@@ -148,7 +148,7 @@ def _read(folder: pathlib.Path, name: str, store: Any) -> np.ndarray:
         try:
             array = store.read().result()
         except Exception as error:  # tensorstore raises a different type for every failure
-            raise UserError(f"{folder}: {name} has missing or damaged chunks: {error}") from error
+            raise UserError(f"{folder}: {name} has missing or damaged chunks: {error}") from None
     array = np.asarray(array, np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{folder}: {name} holds values that are not finite")
