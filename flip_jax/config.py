@@ -82,8 +82,8 @@ class ModelConfig:
     loss: str = "info_nce"  # or "sigmoid" (SigLIP), with a learned bias
     dtype: str = "bfloat16"
     remat: str = "none"  # or "dots", "names", "full", each of which keeps less; "auto": the first that fits
-    # "auto": XLA's, on v5e and v6e for as many rows at a time as fit into on-chip memory; "xla": for all at once; or
-    # "cudnn": cuDNN's, on NVIDIA GPUs where attention has no mask (padding, causal).
+    # "auto": XLA's, on v4, v5e and v6e for as many rows at a time as fit into on-chip memory; "xla": for all at once;
+    # or "cudnn": cuDNN's, on NVIDIA GPUs where attention has no mask (padding, causal).
     attention: str = "auto"
     unroll: bool = False  # layers unrolled instead of a loop: longer to compile, faster on CPUs
 

@@ -140,7 +140,7 @@ def test_a_caption_of_padding_alone_leaves_the_gradients_finite():
 @pytest.mark.parametrize("mask", ["none", "padding", "causal"])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_attention_in_slices_of_rows_is_attention(mask, shards, monkeypatch):
-    """Values and gradients of what v5e and v6e do; a device's 3 or 12 rows are taken one or two at a time."""
+    """Values and gradients of what v4, v5e and v6e do; a device's 3 or 12 rows are taken one or two at a time."""
     masks = {
         "none": None,
         "padding": jnp.arange(7)[None, None, None] < jnp.arange(1, 13)[:, None, None, None] % 7 + 1,
