@@ -9,9 +9,10 @@ open_clip, then with one setting changed. The rows of a process are written to -
 cut off by --seconds, SIGTERM or Ctrl-C; the last line of a row counts, and --rounds=0 only draws them. With SHARDS, the
 last two minutes are for benchmarks/input_pipeline.py, whose lines go to a file next to --results.
 
-A machine without a package index needs these as wheels, of the versions in setup.py and for its Python (elsewhere
-`pip download --no-deps --only-binary=:all: --python-version=3.12 --platform=manylinux_2_28_x86_64 -d wheels NAME...`,
-there `pip install --no-index --no-deps wheels/*.whl`). Those before the semicolons usually come with an image for CUDA:
+A machine without a package index needs these as wheels, of the versions in setup.py and for its Python. Elsewhere
+`pip download --no-deps --only-binary=:all: --python-version=3.12 --platform=manylinux_2_28_x86_64
+--platform=manylinux_2_17_x86_64 -d wheels NAME...`, there `pip install --no-index --no-deps wheels/*.whl`. Those before
+the semicolons usually come with an image for CUDA; the others are 9 MB:
   the step: jax with its CUDA plugin, flax, optax, etils, absl-py, matplotlib, tqdm;
   open_clip: torch, torchvision, timm, regex, huggingface_hub, safetensors; open_clip_torch, ftfy, wcwidth
   the input: fsspec, orbax-checkpoint, tensorstore, tokenizers, pillow; grain, array_record, ftfy, wcwidth, simplejpeg,

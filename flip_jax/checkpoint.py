@@ -40,7 +40,7 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--workdir {workdir} cannot be made or written to: {error}; use another folder") from error
+            raise UserError(f"--workdir {workdir} cannot be made or written to: {error}; use another folder") from None
         if manifest.complete(self.directory):
             from flip_jax import damage
 

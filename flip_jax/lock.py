@@ -57,7 +57,7 @@ def _acquire(path: str, what: str) -> Callable[[], None]:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             file = open(path, "a+")
         except OSError as error:
-            raise UserError(f"{what} cannot be made or written to: {error}; use another folder") from error
+            raise UserError(f"{what} cannot be made or written to: {error}; use another folder") from None
         holder = _line(file)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -260,7 +260,7 @@ def _remote(part):
         filesystem, name = _ask(fsspec.url_to_fs, part)
         return sorted(map(filesystem.unstrip_protocol, _ask(filesystem.glob, name)))
     except OSError as error:
-        raise UserError(f"{part!r} cannot be listed: {remedy(error)}") from error
+        raise UserError(f"{part!r} cannot be listed: {remedy(error)}") from None
 
 
 def _expand_braces(pattern):

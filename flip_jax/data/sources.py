@@ -66,7 +66,7 @@ def open_source(source: str, data: DataConfig, key: str = "source") -> Any:
     try:
         return class_of(kind)(rest, data)
     except (UserError, OSError) as error:  # OSError: the system or the store refuses a path of the source
-        raise UserError(f"{key} {source!r}: {error}") from error
+        raise UserError(f"{key} {source!r}: {error}") from None
 
 
 def with_keys(data: DataConfig, kind: str, training: bool = True) -> DataConfig:

@@ -15,7 +15,7 @@ xavier = nnx.initializers.xavier_uniform()
 # The three input projections are drawn as if they were one matrix three times as wide, less sqrt(2) (official).
 _qkv_init = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 SCORES = 2**22  # of attention, computed at once on SLICED chips: their 16 MiB then stay in on-chip memory
-SLICED = ("TPU v5 lite", "TPU v6 lite")  # less crosses their memory, but more that of v3 (docs/notes/performance.md)
+SLICED = ("TPU v5 lite", "TPU v6 lite")  # whose bound falls by 10 % or more (docs/notes/performance.md)
 # What is saved for the backward pass; the rest is recomputed.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,

@@ -1,7 +1,7 @@
 """Compile a recipe's train step for hardware you do not have: memory, collectives and a lower bound of its time.
 
 A topology is GENERATION:SHAPE in chips, such as v3:16x8 or tpu7x:4x4x4 (a chip of either is two devices), or
-SLICES*GENERATION:SHAPE. It needs the TPU compiler, `pip install libtpu`, but no TPU; cpu:DEVICES needs neither.
+SLICES*GENERATION:SHAPE. It needs the TPU compiler, `pip install -e ".[aot]"`, but no TPU; cpu:DEVICES needs neither.
 Exit codes: 0 the step fits, 1 it does not, 2 wrong usage.
 """
 
@@ -72,7 +72,7 @@ def devices(topology: str) -> list[jax.Device]:
             raise UserError(f"--topology={topology}: JAX has already started with {jax.device_count()} devices")
         return jax.devices()[: int(found[2])]
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={topology} needs the TPU compiler: pip install libtpu")
+        raise UserError(f"--topology={topology} needs the TPU compiler: pip install -e '.[aot]'")
     # Otherwise libtpu asks the metadata server of a TPU VM, which this machine may not be, and refuses to be loaded by
     # two processes at once.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

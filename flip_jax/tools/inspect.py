@@ -1,7 +1,8 @@
 """Report what a data set holds, and draw some of its images with their captions.
 
 Reads and decodes every record, as training would. Prints the number of records, the bad ones by kind, image formats and
-sizes, caption lengths and the rate, and writes a grid of random images to inspection.png.
+sizes, caption lengths and the rate, and writes a grid of random images to inspection.png. With --counts it also counts
+the tokens of the captions.
 """
 
 import argparse

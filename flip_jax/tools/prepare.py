@@ -31,7 +31,7 @@ from flip_jax.tools import dedup, filters, inspect, options, spill, units
 from flip_jax.tools.removed import Examples, page, priority
 from flip_jax.tools.source_units import SourceUnits
 
-EXAMPLE = "flip prepare csv:/data/pairs.csv /data/pairs --shards=256 --shortest_side=256 --workers=8"
+EXAMPLE = "flip prepare csv:/data/pairs.csv /data/pairs --shards=256 --shortest_side=256"
 
 SETTINGS, WORK, PAGE = "prepare.json", "work", "removed.html"
 PLAN = ("before", "blocks")  # of the plan: the number of records read before each unit, and all blocks

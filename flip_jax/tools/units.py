@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flip_jax import runtime
 from flip_jax.runtime import UserError
 from flip_jax.tools import options
+from flip_jax.tools.source_units import ROWS
 from flip_jax.tools.unit_workers import Actor, Died, Process, Watch, connect
 
 RETRIES = 3  # deaths at a unit before it reached a record, and of workers that had not begun
@@ -275,8 +276,8 @@ def size(arguments: argparse.Namespace, units: int) -> Size:
     """
     if arguments.workers and arguments.workers > units:
         raise UserError(
-            f"--workers={arguments.workers}: the source has {units} shards, and one worker reads a shard: use "
-            f"--workers={units}, or write more shards with `flip prepare`"
+            f"--workers={arguments.workers}: the source has {units} units of work, shards or {ROWS:,} records of a "
+            f"source without shards, and a worker does one at a time: use at most --workers={units}"
         )
     if arguments.workers or arguments.ray:
         return Size(arguments.workers or 0, arguments.ray)

@@ -202,7 +202,7 @@ def test_wrong_usage(run, flags, message):
 def test_without_the_tpu_compiler(run, monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("--topology=v5e:2x4")
-    assert code == 2 and "pip install libtpu" in err
+    assert code == 2 and "needs the TPU compiler: pip install -e" in err
 
 
 @pytest.mark.parametrize(

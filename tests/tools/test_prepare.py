@@ -285,8 +285,8 @@ def test_arguments_that_do_not_fit_are_refused(source, tmp_path, capsys):
         "--min_score=0.3": "--min_score=X and --model=DIR need each other: the model gives the score",
         "--min_caption=9 --max_caption=5": "--min_caption=9 is above --max_caption=5",
         "--min_score=28 --model=x": "--min_score=28 must be a cosine, -1 to 1, such as 0.28",
-        "--workers=4": "--workers=4: the source has 3 shards, and one worker reads a shard: use --workers=3, or write "
-        "more shards with `flip prepare`",
+        "--workers=4": "--workers=4: the source has 3 units of work, shards or 2,000 records of a "
+        "source without shards, and a worker does one at a time: use at most --workers=3",
     }
     for words, message in cases.items():
         assert __main__.main(["prepare", source, str(tmp_path / "out"), "--shards=2", *words.split()]) == 1

@@ -99,7 +99,7 @@ def test_the_number_of_workers(monkeypatch):
 
     assert size(None, 100) == (6, "", 1) and size(None, 2) == (2, "", 3) and size(2, 3) == (2, "", 1)
     assert size(None, 3, "auto") == (0, "auto", 1) and size(2, 3, "auto") == (2, "auto", 1)
-    with pytest.raises(UserError, match="--workers=4: the source has 3 shards, .*: use --workers=3, or write more"):
+    with pytest.raises(UserError, match="--workers=4: the source has 3 units of work, .*: use at most --workers=3"):
         size(4, 3)
 
 
