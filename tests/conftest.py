@@ -9,19 +9,15 @@ import os
 import tarfile
 import tempfile
 
+from xla_options import COMPILE_FAST, DEVICES
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Little is computed and much compiled: without the costly passes and kernels through MLIR it takes a third of the time.
-COMPILE_FAST = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
-DEVICES = "--xla_force_host_platform_device_count="
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST} {DEVICES}8"
 # And the same programs again and again: what one test or process compiles, the others load.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that starts them
     COMPILED = tempfile.TemporaryDirectory(prefix="flip_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np

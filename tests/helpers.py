@@ -16,6 +16,7 @@ from flax import nnx
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from pyarrow import parquet
+from xla_options import DEVICES
 
 import flip_jax
 from flip_jax import config_check, manifest, sharding, train_step
@@ -37,11 +38,6 @@ from flip_jax.tools import embed
 
 REPO = pathlib.Path(__file__).parent.parent
 FIXTURES = REPO / "tests" / "fixtures"
-# Little is computed and much compiled: without the costly passes and kernels through MLIR it takes a third of the time.
-COMPILE_FAST = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
-DEVICES = "--xla_force_host_platform_device_count="
 
 # A model and a batch small enough to compile in seconds, for tests of everything that is not their size.
 MODEL = ModelConfig(

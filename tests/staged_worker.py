@@ -3,7 +3,7 @@
 import os
 import sys
 
-from helpers import COMPILE_FAST, DEVICES
+from xla_options import COMPILE_FAST, DEVICES
 
 from flip_jax import train
 from flip_jax.config import Config

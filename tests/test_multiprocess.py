@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from etils import epath
 from flax.traverse_util import flatten_dict
-from helpers import COMPILE_FAST, LOSS, REPO, arguments, environment, final_params, leaves, metrics
+from helpers import LOSS, REPO, arguments, environment, final_params, leaves, metrics
 from terminal import on_a_terminal
+from xla_options import COMPILE_FAST
 
 from flip_jax import damage
 

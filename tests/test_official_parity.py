@@ -61,7 +61,7 @@ def test_parameters_have_the_official_names_and_shapes(recorded, load_recipe, re
     official = json.loads((recorded / "param_shapes_full_configs.json").read_text())[f"cfg_flip_{name}"]
     model = nnx.eval_shape(lambda: FLIP(load_recipe(f"flip_{recipe}").model, nnx.Rngs(0)))
     ours = flatten_dict(nnx.to_pure_dict(nnx.split(model)[1]), sep="/")
-    theirs = to_ours({key: np.broadcast_to(np.float32(0), shape) for key, shape in official["params"].items()})
+    theirs = to_ours({key: np.broadcast_to(np.int8(0), shape) for key, shape in official["params"].items()})
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
     assert sum(value.size for value in ours.values()) == official["n_params"]
 

@@ -66,7 +66,7 @@ def test_no_file_is_longer_than_400_lines(path):
 
 def test_a_run_without_evaluation_loads_nothing_that_it_does_not_use(shards, tmp_path):
     """In a process of its own, after training to the end."""
-    _, script, *rest = arguments(shards, tmp_path / "run", **{"total_samples": 64, "warmup_samples": 32})
+    _, script, *rest = arguments(shards, tmp_path / "run")
     code = (
         "import json, runpy, sys\n"
         f"sys.argv = {[script, *rest]!r}\n"
