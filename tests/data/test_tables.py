@@ -49,7 +49,7 @@ def written(separator=",", header=("filepath", "title"), rows=PAIRS):
         ("mark.csv", written().encode("utf-8-sig")),
         ("utf16.csv", written().encode("utf-16")),
         ("utf32.csv", written().encode("utf-32")),
-        ("0.csv.gz", gzip.compress(written().encode())),
+        ("0.csv.gz", gzip.compress(written().encode(), mtime=0)),
         ("0.tsv.xz", lzma.compress(written("\t").encode())),
         ("0.csv.bz2", bz2.compress(written().encode())),
         ("0.csv.zst", pyarrow.compress(written().encode(), "zstd", asbytes=True)),
@@ -138,7 +138,7 @@ def test_labels_of_a_csv_are_numbers_or_names(folder):
         (b"photo,title\n", "lacks a column with paths of images: [^;]*; name another in config.data.image. The names"),
         (b"filepath,said\n", "lacks captions or labels: .*; name others in config.data.captions. The names"),
         ("filepath,title\n".encode("utf-16-le"), "is not UTF-8 text; if it is UTF-16 without a mark"),
-        (gzip.compress(written().encode())[:-9], "Compressed file ended before the end-of-stream marker"),
+        (gzip.compress(written().encode(), mtime=0)[:-9], "Compressed file ended before the end-of-stream marker"),
         (b"PK\3\4....", "is compressed by ZIP, which is not read here: unpack it, or use gzip or zstd"),
     ],
 )
