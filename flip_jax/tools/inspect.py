@@ -299,6 +299,8 @@ def main(arguments: argparse.Namespace) -> None:
     cut = SourceUnits(arguments.source, source, data)
     options.make_folder("--out", arguments.out)
     tokenizer = None
+    if arguments.vocab and not arguments.counts:
+        raise UserError("--vocab is the tokenizer of --counts: give --counts=FILE, too, or leave it out")
     if arguments.counts:
         tokenizer = read_tokenizer(arguments.vocab)
         options.make_folder("--counts", arguments.counts.parent)

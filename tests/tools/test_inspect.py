@@ -170,5 +170,7 @@ def test_counting_needs_a_tokenizer(damaged, tmp_path, capsys):
     assert capsys.readouterr().err == (
         "error: --counts needs --vocab=PATH: a vocabulary file, as config.data.vocab, or a run\n"
     )
+    assert run(damaged, f"--out={tmp_path}", f"--vocab={tmp_path}") == 1
+    assert "--vocab is the tokenizer of --counts: give --counts=FILE" in capsys.readouterr().err
     assert run(damaged, f"--out={tmp_path}", f"--counts={tmp_path}/counts.json", f"--vocab={tmp_path}") == 1
     assert str(tmp_path) in capsys.readouterr().err
