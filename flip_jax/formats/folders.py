@@ -21,7 +21,7 @@ from flip_jax.formats import (
     transformers_models,
     transformers_settings,
 )
-from flip_jax.runtime import UserError
+from flip_jax.runtime import UserError, is_remote
 
 CONFIG = "config.json"
 
@@ -43,7 +43,7 @@ def find(path: str | os.PathLike) -> epath.Path:
             timm.config(folder)  # refuses what is none
             return epath.Path(folder)
     if not _is_one(folder):
-        missing = "" if "://" in text or folder.exists() else " (there is no such file or folder)"
+        missing = "" if is_remote(text) or folder.exists() else " (there is no such file or folder)"
         raise UserError(
             f"{text} holds no checkpoint{missing}: expected a workdir with checkpoints/STEP, such a STEP folder, a "
             f"folder with {CONFIG} and {tensors.WEIGHTS}, hf://ORG/NAME, or, to start a run, a safetensors file of timm"

@@ -295,12 +295,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Run `flip inspect`."""
     options.require(arguments, "source")
+    if arguments.vocab and not arguments.counts:
+        raise UserError("--vocab is the tokenizer of --counts: give --counts=FILE, too, or leave it out")
     source, data = open_source(arguments)
     cut = SourceUnits(arguments.source, source, data)
     options.make_folder("--out", arguments.out)
     tokenizer = None
-    if arguments.vocab and not arguments.counts:
-        raise UserError("--vocab is the tokenizer of --counts: give --counts=FILE, too, or leave it out")
     if arguments.counts:
         tokenizer = read_tokenizer(arguments.vocab)
         options.make_folder("--counts", arguments.counts.parent)
